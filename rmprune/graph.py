@@ -1,0 +1,347 @@
+"""A residual network read as a chain: single layers, and blocks ``y = F(x) + S(x)``.
+
+Everything here works on the ``torch.fx`` graph, never on model classes, so that networks
+convert alike whoever wrote them. `parse` is the one reader of graphs; conversion, shortcut
+BNs, masks and costs are walks over its result.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from rmprune.errors import ConversionError
+
+ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+NON_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid)
+KEEPS_SIGN = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
+
+
+class Subsample(nn.Module):
+    """``x[:, :, ::stride, ::stride]``: the first half of the option-A shortcut."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to ``(N, C, ceil(H / stride), ceil(W / stride))``."""
+        return x[:, :, :: self.stride, :: self.stride]
+
+
+class PadChannels(nn.Module):
+    """Zero channels in front and behind: the second half of the option-A shortcut."""
+
+    def __init__(self, front: int, back: int) -> None:
+        super().__init__()
+        self.front, self.back = front, back
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to ``(N, front + C + back, H, W)``."""
+        return F.pad(x, (0, 0, 0, 0, self.front, self.back))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One node of the graph as a module that does the same.
+
+    Attributes:
+        node: The node; its ``target`` is the module's path where it is a module.
+        name: The module's path, or the node's name where it was a function.
+        module: The model's own module (not a copy), or a new one equal to the function.
+    """
+
+    node: fx.Node
+    name: str
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual block ``y = F(x) + S(x)``.
+
+    Attributes:
+        fork: The node that computes x, read by both paths.
+        body: F, from x on; at least one convolution.
+        shortcut: S, from x on; empty for an identity shortcut.
+        add: The addition.
+        non_negative: Whether x is known to have no negative values.
+    """
+
+    fork: fx.Node
+    body: tuple[Layer, ...]
+    shortcut: tuple[Layer, ...]
+    add: fx.Node
+    non_negative: bool
+
+    @property
+    def convolutions(self) -> tuple[Layer, ...]:
+        """The convolutions of F, in order."""
+        return tuple(layer for layer in self.body if isinstance(layer.module, nn.Conv2d))
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A network as `parse` read it.
+
+    Attributes:
+        graph_module: The traced network; its modules are those of the items.
+        items: Layers and blocks from input to output.
+    """
+
+    graph_module: fx.GraphModule
+    items: tuple[Layer | Block, ...]
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The residual blocks, in order."""
+        return tuple(item for item in self.items if isinstance(item, Block))
+
+    def layers(self) -> Iterator[Layer]:
+        """Every layer: those between the blocks, and each block's body, then its shortcut."""
+        for item in self.items:
+            if isinstance(item, Layer):
+                yield item
+            else:
+                yield from item.body
+                yield from item.shortcut
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """Trace a copy of a model; the model stays as it is.
+
+    Raises:
+        ConversionError: `torch.fx` cannot follow the model's Python code.
+    """
+    model = copy.deepcopy(model)
+    if isinstance(model, fx.GraphModule):
+        return model
+    try:
+        return fx.symbolic_trace(model)
+    except Exception as error:  # fx raises whatever the model's own code raises on proxies
+        raise ConversionError(
+            type(model).__name__,
+            f"torch.fx cannot trace the model ({str(error).splitlines()[0]})",
+            "forward() must not branch on the values or sizes of tensors",
+        ) from error
+
+
+def parse(graph_module: fx.GraphModule) -> Chain:
+    """Read a traced network as a chain of layers and residual blocks.
+
+    Raises:
+        ConversionError: The network is no such chain, or uses an operation that is not
+            known here; the error names the node.
+    """
+    starts = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    if len(starts) != 1:
+        raise ConversionError("forward", f"the model has {len(starts)} inputs", "it needs one")
+    blocks = {
+        block.fork: block
+        for node in graph_module.graph.nodes
+        if is_addition(node)
+        for block in [_block(graph_module, node)]
+    }
+    items: list[Layer | Block] = []
+    node = starts[0]
+    while True:
+        if node in blocks:
+            items.append(blocks[node])
+            node = blocks[node].add
+            continue
+        users = _data_users(node)
+        if len(users) != 1:
+            raise ConversionError(
+                node.name,
+                f"its output is read by {len(users)} nodes, and they do not meet in one addition",
+                "only chains of blocks F(x) + S(x) can be converted",
+            )
+        node = users[0]
+        if node.op == "output":
+            return Chain(graph_module, tuple(items))
+        items.append(as_layer(graph_module, node))
+
+
+def is_addition(node: fx.Node) -> bool:
+    """Whether a node adds two tensors of the graph."""
+    return node.target in ADDITIONS and len(node.all_input_nodes) == 2
+
+
+def _data_users(node: fx.Node) -> list[fx.Node]:
+    """Readers of a tensor's values; ``x.size(0)`` reads only its shape."""
+    return [user for user in node.users if not _reads_shape(user)]
+
+
+def _reads_shape(node: fx.Node) -> bool:
+    return node.target in ("size", "dim", getattr) or (
+        node.target is operator.getitem and _reads_shape(node.all_input_nodes[0])
+    )
+
+
+def _source(node: fx.Node) -> fx.Node | None:
+    """The one tensor that a node computes from, or None if there are several or none."""
+    sources = [source for source in node.all_input_nodes if not _reads_shape(source)]
+    return sources[0] if len(sources) == 1 else None
+
+
+def _path_back(node: fx.Node) -> list[fx.Node]:
+    """The node, its source, the source's source, … up to an addition or the input."""
+    path = [node]
+    while (source := _source(path[-1])) is not None:
+        path.append(source)
+    return path
+
+
+def _block(graph_module: fx.GraphModule, add: fx.Node) -> Block:
+    left, right = (_path_back(operand) for operand in add.all_input_nodes)
+    fork = next((node for node in left if node in right), None)
+    if fork is None:
+        raise ConversionError(
+            add.name,
+            "its operands do not come from one tensor through two chains of layers",
+            "nested additions and concatenations are not supported",
+        )
+    paths = []
+    for path in (left, right):
+        nodes = path[: path.index(fork)][::-1]
+        for node in nodes:
+            if len(_data_users(node)) != 1:
+                raise ConversionError(
+                    node.name, "it lies inside a block but is read from outside of its path"
+                )
+        paths.append(tuple(as_layer(graph_module, node) for node in nodes))
+    if len(_data_users(fork)) != 2:
+        raise ConversionError(
+            fork.name, f"{len(_data_users(fork))} nodes read a block's input; two are supported"
+        )
+    shortcut, body = sorted(paths, key=lambda path: (not is_pointwise_affine(path), _effort(path)))
+    if not is_pointwise_affine(shortcut):
+        raise ConversionError(
+            add.name, "neither operand is a shortcut of 1×1 convolutions, BNs or subsampling"
+        )
+    if not any(isinstance(layer.module, nn.Conv2d) for layer in body):
+        raise ConversionError(add.name, "neither operand of the addition has a convolution")
+    return Block(fork, body, shortcut, add, _is_non_negative(graph_module, fork))
+
+
+def is_pointwise_affine(layers: Sequence[Layer]) -> bool:
+    """Whether the layers are together ``A x + c`` at every position that they keep."""
+    return all(
+        isinstance(layer.module, nn.BatchNorm2d | Subsample | PadChannels)
+        or (isinstance(layer.module, nn.Conv2d) and _is_pointwise(layer.module))
+        for layer in layers
+    )
+
+
+def _effort(layers: Sequence[Layer]) -> tuple[int, int]:
+    """Of two paths that could both be a shortcut, the one with less to compute is it."""
+    return sum(isinstance(layer.module, nn.Conv2d) for layer in layers), len(layers)
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    return conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+
+
+def _is_non_negative(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "placeholder":
+        return False
+    if is_addition(node):
+        return all(_is_non_negative(graph_module, operand) for operand in node.all_input_nodes)
+    module = as_layer(graph_module, node).module
+    if isinstance(module, NON_NEGATIVE):
+        return True
+    source = _source(node)
+    passes = isinstance(module, KEEPS_SIGN) or is_identity(module)
+    return passes and source is not None and _is_non_negative(graph_module, source)
+
+
+def is_identity(module: nn.Module) -> bool:
+    """Whether a module does nothing in evaluation mode."""
+    return isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d)
+
+
+def as_layer(graph_module: fx.GraphModule, node: fx.Node) -> Layer:
+    """The module that does what a node does.
+
+    Raises:
+        ConversionError: The node's operation is not known.
+    """
+    if node.op == "call_module":
+        name = str(node.target)
+        return Layer(node, name, graph_module.get_submodule(name))
+    module = _function_as_module(node)
+    if module is None:
+        raise ConversionError(
+            node.name,
+            f"the operation {getattr(node.target, '__name__', node.target)!r} is not supported",
+            "write it as an nn.Module layer, or keep it out of the network",
+        )
+    return Layer(node, node.name, module)
+
+
+def _function_as_module(node: fx.Node) -> nn.Module | None:
+    """An equal module for a function or method call, or None if it is not known."""
+    arguments: list[Any] = [value for value in node.args if not isinstance(value, fx.Node)]
+    keywords: dict[str, Any] = {
+        key: value for key, value in node.kwargs.items() if key not in ("inplace", "training")
+    }
+    match node.target:
+        case F.relu | torch.relu | torch.relu_ | "relu" | "relu_":
+            return nn.ReLU()
+        case F.relu6:
+            return nn.ReLU6()
+        case F.leaky_relu:
+            return nn.LeakyReLU(*arguments[:1], **keywords)
+        case F.dropout | F.dropout2d:
+            return nn.Identity()
+        case F.adaptive_avg_pool2d:
+            return nn.AdaptiveAvgPool2d(*arguments, **keywords)
+        case F.avg_pool2d if arguments:
+            return nn.AvgPool2d(*arguments, **keywords)
+        case F.max_pool2d | torch.max_pool2d if arguments:
+            return nn.MaxPool2d(*arguments, **keywords)
+        case torch.flatten | "flatten" if arguments == [1] or keywords == {"start_dim": 1}:
+            return nn.Flatten()
+        case "view" | "reshape" if arguments == [-1] and _is_batch_size(node.args[1]):
+            return nn.Flatten()
+        case operator.getitem:
+            return _as_subsample(node.args[1])
+        case F.pad:
+            return _as_channel_padding(arguments, keywords)
+        case _:
+            return None
+
+
+def _is_batch_size(node: Any) -> bool:
+    """Whether an argument is ``x.size(0)`` or ``x.shape[0]``."""
+    return isinstance(node, fx.Node) and (
+        (node.target == "size" and node.args[1:] == (0,))
+        or (node.target is operator.getitem and node.args[1] == 0)
+    )
+
+
+def _as_subsample(index: Any) -> nn.Module | None:
+    everything = slice(None)
+    match index:
+        case (batch, channels, slice() as rows, slice() as columns) if (
+            (batch, channels) == (everything, everything)
+            and rows == columns == slice(None, None, rows.step)
+        ):
+            return Subsample(rows.step or 1)
+        case _:
+            return None
+
+
+def _as_channel_padding(arguments: list[Any], keywords: dict[str, Any]) -> nn.Module | None:
+    amounts, *rest = [*arguments, *keywords.values()]
+    zeros = all(value in ("constant", 0, 0.0, None) for value in rest)
+    if zeros and len(amounts) == 6 and tuple(amounts[:4]) == (0, 0, 0, 0):
+        return PadChannels(amounts[4], amounts[5])
+    return None

@@ -1,0 +1,62 @@
+"""A plain net: a network that is a list of layers, with nothing added to anything."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Width:
+    """Output channels of one layer: those it computes itself, then those it carries."""
+
+    own: int
+    reserved: int = 0
+
+    @property
+    def total(self) -> int:
+        """All output channels."""
+        return self.own + self.reserved
+
+
+class PlainNet(nn.Sequential):
+    """An ``nn.Sequential`` of leaf modules that knows where its channels come from.
+
+    Args:
+        layers: The layers in order, by unique name.
+        input_shape: ``(channels, height, width)`` of one image.
+        converted_widths: Output channels of every convolution when the net was converted,
+            by layer name; the reserved channels stand behind the layer's own.
+        widths: The same, as they are now.
+        info: What else a user of the net must know, as JSON values: class names,
+            normalisation, data set.
+    """
+
+    def __init__(
+        self,
+        layers: OrderedDict[str, nn.Module],
+        input_shape: tuple[int, int, int] | None = None,
+        converted_widths: dict[str, Width] | None = None,
+        widths: dict[str, Width] | None = None,
+        info: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(layers)
+        self.input_shape = input_shape
+        self.converted_widths = dict(converted_widths or {})
+        self.widths = dict(widths or self.converted_widths)
+        self.info = dict(info or {})
+
+    def with_layers(
+        self, layers: OrderedDict[str, nn.Module], widths: dict[str, Width] | None = None
+    ) -> PlainNet:
+        """The same net with other layers; what is known of its channels is kept."""
+        return PlainNet(
+            layers,
+            self.input_shape,
+            self.converted_widths,
+            self.widths if widths is None else widths,
+            self.info,
+        )
