@@ -1,0 +1,470 @@
+"""The command line: options and words; the work is done elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import torch
+
+from rmprune import __version__, reports, runs
+from rmprune.convert import convert as convert_model
+from rmprune.data import Dataset, load_data
+from rmprune.errors import RmpruneError, UsageError
+from rmprune.measure import evaluate
+from rmprune.models import create_model, model_names
+from rmprune.plain import PlainNet
+from rmprune.store import load, save
+from rmprune.training import total_step_size
+
+T = TypeVar("T")
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DEFAULTS = runs.SlimConfig()
+EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+class _Commands(click.Group):
+    """Turns every expected error into one line: status 2 for wrong use, 1 for failure."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command and exit."""
+        debug = "--debug" in sys.argv
+        kwargs["standalone_mode"] = False
+        warnings.showwarning = _show_warning
+        try:
+            status = super().main(*args, **kwargs)
+        except click.UsageError as error:
+            _fail(error.format_message(), 2)
+        except click.ClickException as error:
+            _fail(error.format_message(), error.exit_code)
+        except click.Abort:
+            _fail("interrupted; what was saved stays, and --resume goes on", 130)
+        except UsageError as error:
+            if debug:
+                raise
+            _fail(str(error), 2)
+        except RmpruneError as error:
+            if debug:
+                raise
+            _fail(str(error), 1)
+        except Exception as error:
+            if debug:
+                raise
+            _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int) -> None:
+    click.echo(f"rmprune: {message}", err=True)
+    sys.exit(status)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    click.echo(f"rmprune: note: {message}", err=True)
+
+
+def progress_bar(iterable: Iterable[T], length: int, label: str) -> Iterator[T]:
+    """Show a bar with the time left; on a pipe, only the label."""
+    with click.progressbar(iterable, length=length, label=label) as bar:
+        yield from bar
+
+
+def _options(*names: str) -> Callable[[Command], Command]:
+    """Put the named options of a run on a command, with their defaults and help."""
+    return lambda command: functools.reduce(
+        lambda done, name: OPTIONS[name](done), reversed(names), command
+    )
+
+
+OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "model": click.option(
+        "--model",
+        default=DEFAULTS.model,
+        show_default=True,
+        help=f"{', '.join(model_names())}, or torchvision:NAME.",
+    ),
+    "weights": click.option(
+        "--weights",
+        type=EXISTING_FILE,
+        help="Trained weights of the model: a state dict (.pt, .safetensors). "
+        "Without them training starts from random weights.",
+    ),
+    "data": click.option("--data", default=DEFAULTS.data, show_default=True, help="digits (built in), cifar10, cifar100, or folder:PATH with PATH/train/CLASS/* and "
+        "PATH/test/CLASS/* (or val)."),
+    "data_root": click.option(
+        "--data-root",
+        type=FOLDER,
+        default=DEFAULTS.data_root,
+        show_default=True,
+        help="Where cifar10 and cifar100 lie or are downloaded to.",
+    ),
+    "image_size": click.option(
+        "--image-size",
+        type=click.IntRange(min=1),
+        help="Resize images to this many pixels; by default they stay as they are.",
+    ),
+    "sparsity": click.option(
+        "--sparsity",
+        type=click.FloatRange(min=0),
+        default=DEFAULTS.sparsity,
+        show_default=True,
+        help="λ of the L1 penalty on the BN scales. The papers train for 200 epochs with "
+        "1e-4 to 1e-3; a short training needs more, about 3e-3 to 1e-2.",
+    ),
+    "threshold": click.option(
+        "--threshold",
+        type=click.FloatRange(min=0),
+        default=DEFAULTS.threshold,
+        show_default=True,
+        help="Channels whose scale |γ| is smaller go.",
+    ),
+    "cost": click.option(
+        "--cost",
+        type=click.Choice(["macs", "uniform"]),
+        default=DEFAULTS.cost,
+        show_default=True,
+        help="Penalise a channel by the multiply-adds that its removal saves, or all alike.",
+    ),
+    "epochs": click.option(
+        "--epochs",
+        type=click.IntRange(min=0),
+        default=DEFAULTS.epochs,
+        show_default=True,
+        help="Epochs of sparsity training.",
+    ),
+    "finetune_epochs": click.option(
+        "--finetune-epochs",
+        type=click.IntRange(min=0),
+        default=DEFAULTS.finetune_epochs,
+        show_default=True,
+        help="Epochs of fine-tuning under the masks.",
+    ),
+    "lr": click.option(
+        "--lr",
+        type=click.FloatRange(min=0, min_open=True),
+        default=DEFAULTS.lr,
+        show_default=True,
+        help="Learning rate of the sparsity training.",
+    ),
+    "finetune_lr": click.option(
+        "--finetune-lr",
+        type=click.FloatRange(min=0, min_open=True),
+        default=DEFAULTS.finetune_lr,
+        show_default=True,
+        help="Learning rate of the fine-tuning.",
+    ),
+    "batch_size": click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        default=DEFAULTS.batch_size,
+        show_default=True,
+        help="Images a training step.",
+    ),
+    "seed": click.option(
+        "--seed",
+        type=click.IntRange(min=0),
+        default=DEFAULTS.seed,
+        show_default=True,
+        help="Of initial weights, data order and augmentation.",
+    ),
+    "device": click.option(
+        "--device",
+        default=DEFAULTS.device,
+        show_default=True,
+        help="cpu, cuda, …; auto takes a GPU if there is one.",
+    ),
+    "precision": click.option(
+        "--precision",
+        type=click.Choice(["auto", "float32", "bf16"]),
+        default=DEFAULTS.precision,
+        show_default=True,
+        help="Of training; auto takes bf16 where the hardware computes it.",
+    ),
+    "out": click.option(
+        "--out", type=FOLDER, default=Path("runs/slim"), show_default=True, help="Run folder."
+    ),
+    "resume": click.option(
+        "--resume",
+        is_flag=True,
+        help="Go on with the run in --out, behind its last whole epoch.",
+    ),
+}
+
+TASK = ("data", "data_root", "image_size")
+TRAINING = ("lr", "batch_size", "seed", "device", "precision")
+
+
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 96}
+)
+@click.version_option(__version__, prog_name="rmprune")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Make residual CNNs smaller and faster, and prove it.
+
+    rmprune trains a residual network with an L1 penalty on its BatchNorm scales, rewrites it
+    exactly into a plain network without additions, and removes the channels that training
+    switched off.
+
+    \b
+    Everything at once:    rmprune slim --sparsity 5e-3 --threshold 5e-3
+    Step by step:          rmprune train    --sparsity 5e-3 --out runs/a
+                           rmprune prune    runs/a --threshold 5e-3
+                           rmprune finetune runs/a/threshold-0.005
+    See what came out:     rmprune inspect  runs/a/threshold-0.005/net.safetensors
+    """
+    del debug  # read from the command line, so that it works before and behind the command
+
+
+@main.command()
+@_options("model", "weights", *TASK, "sparsity", "threshold", "cost", "epochs", "finetune_epochs")
+@_options("lr", "finetune_lr", "batch_size", "seed", "device", "precision", "out", "resume")
+def slim(out: Path, resume: bool, **settings: Any) -> None:
+    """Run the whole pipeline: train, select, fine-tune under masks, convert, remove, measure.
+
+    Leaves in the run folder: net.safetensors (the pruned plain net), report.csv, run.png,
+    metrics.csv, config.json and the checkpoints.
+    """
+    config = _config(settings)
+    _claim(out, resume, config)
+    data = _load(config)
+    _hint_at_reach(config, data)
+    sparse = runs.train(out, config, data, progress_bar)
+    masked = runs.prune(sparse, config.threshold, out)
+    _say_selection(masked)
+    finished = runs.finetune(out, masked, config, data, progress_bar)
+    table = runs.report(out, sparse, finished, data, progress_bar)
+    click.echo(reports.as_text(table))
+    click.echo(f"saved {out / 'net.safetensors'}, report.csv and run.png beside it")
+
+
+@main.command()
+@_options("model", "weights", *TASK, "sparsity", "cost", "epochs", *TRAINING, "out", "resume")
+def train(out: Path, resume: bool, **settings: Any) -> None:
+    """Train for sparsity alone; `rmprune prune` goes on from it.
+
+    A sparsity of 0 is plain training.
+    """
+    config = _config(settings)
+    _claim(out, resume, config)
+    data = _load(config)
+    _hint_at_reach(config, data)
+    checkpoint = runs.train(out, config, data, progress_bar)
+    click.echo(f"test accuracy {_accuracy(checkpoint)}; saved {out / 'sparse.pt'}")
+
+
+@main.command()
+@click.argument("run", type=click.Path(exists=True, path_type=Path))
+@_options("threshold")
+@click.option("--out", type=FOLDER, help="Folder to write.  [default: RUN/threshold-T]")
+def prune(run: Path, threshold: float, out: Path | None) -> None:
+    """Select channels of a sparse RUN, convert and remove; seconds, and no training.
+
+    RUN is a folder of `rmprune train` or its sparse.pt. Any number of thresholds can be tried
+    on one training; `rmprune finetune` goes on from each.
+    """
+    path = run / "sparse.pt" if run.is_dir() else run
+    out = out or path.parent / f"threshold-{threshold:g}"
+    masked = runs.prune(runs.Checkpoint.load(path), threshold, out)
+    _say_selection(masked)
+    net = load(out / "pruned.safetensors")
+    _say_size(net, out / "pruned.safetensors")
+
+
+@main.command()
+@click.argument("run", type=click.Path(exists=True, path_type=Path))
+@click.option("--plain", is_flag=True, help="Fine-tune a plain net: RUN is a .safetensors file.")
+@_options("data", "data_root", "image_size", "finetune_epochs", "finetune_lr", "batch_size")
+@_options("seed", "device", "precision")
+@click.option("--out", type=FOLDER, help="Folder to write.  [default: where RUN lies]")
+def finetune(run: Path, plain: bool, out: Path | None, **settings: Any) -> None:
+    """Fine-tune what `rmprune prune` wrote, under its masks, and save the plain net of it.
+
+    RUN is the folder or its masked.pt. With --plain it is a plain net, whose every weight is
+    free: a BN is put behind each convolution and folded again at the end.
+    """
+    config = _config(settings)
+    data = _load(config)
+    if plain:
+        out = out or run.parent
+        net, accuracy = runs.finetune_plain(load(run), config, data, progress_bar)
+        path = out / f"{run.stem}-finetuned.safetensors"
+        save(net, path)
+    else:
+        source = run / "masked.pt" if run.is_dir() else run
+        out = out or source.parent
+        masked = runs.Checkpoint.load(source)
+        config = dataclasses.replace(masked.config, **settings)
+        checkpoint = runs.finetune(out, masked, config, data, progress_bar)
+        net, accuracy = load(out / "net.safetensors"), _accuracy(checkpoint)
+        path = out / "net.safetensors"
+    click.echo(f"test accuracy {accuracy}")
+    _say_size(net, path)
+
+
+@main.command()
+@_options("model", "weights")
+@click.option("--num-classes", type=click.IntRange(min=1), default=10, show_default=True)
+@click.option(
+    "--image-shape",
+    type=(int, int, int),
+    default=(3, 32, 32),
+    show_default=True,
+    help="Channels, height and width of an image.",
+)
+@click.option(
+    "--downsample",
+    type=click.Choice(["relu", "prelu"]),
+    default="relu",
+    show_default=True,
+    help="Blocks that change the shape: carry x and merge the shortcut's weights (relu), or "
+    "compute the shortcut first and carry it through a PReLU (RMNet, appendix A.1).",
+)
+@click.option("--keep-bn", is_flag=True, help="Keep BNs, for pruning by scale and for training.")
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File to write."
+)
+def convert(
+    model: str,
+    weights: Path | None,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    downsample: Any,
+    keep_bn: bool,
+    out: Path,
+) -> None:
+    """Rewrite a residual model exactly as a plain net and save it.
+
+    Nothing is trained or removed. The two are compared in float64 before the net is saved.
+    """
+    residual = create_model(model, num_classes=num_classes, weights=weights).eval()
+    example = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
+    net = convert_model(residual, example, downsample=downsample, keep_bn=keep_bn)
+    net.info = {"model": model}
+    save(net, out)
+    click.echo(reports.as_text(reports.compare({model: residual, "plain": net}, example[:1])))
+    click.echo(f"saved {out}")
+
+
+@main.command(name="eval")
+@click.argument("net", required=False, type=EXISTING_FILE)
+@_options("model", "weights", *TASK, "device")
+def evaluate_(net: Path | None, device: str, model: str, **settings: Any) -> None:
+    """Classify all test images, in float32.
+
+    NET is a plain net or a checkpoint of a run; without it, --model and --weights name a
+    model.
+    """
+    config = _config({**settings, "model": model, "device": device})
+    data = _load(config)
+    network = _network(net, config, len(data.classes)).to(runs.pick_device(device))
+    correct, images = evaluate(
+        network,
+        data.test,
+        mean=data.mean,
+        std=data.std,
+        device=runs.pick_device(device),
+        track=progress_bar,
+    )
+    click.echo(f"{100 * correct / images:.2f} % ({correct} of {images} images)")
+
+
+@main.command()
+@click.argument("file", type=EXISTING_FILE)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def inspect(file: Path, as_json: bool) -> None:
+    """Show what became of every layer of a plain net.
+
+    Channels before and after removal, the reserved ones among them, parameters and MACs.
+    """
+    net = load(file)
+    table = reports.layer_table(net)
+    if as_json:
+        click.echo(json.dumps({"info": net.info, "layers": table.to_dict("records")}))
+        return
+    click.echo(reports.as_text(table))
+    _say_size(net, file)
+
+
+def _config(settings: dict[str, Any]) -> runs.SlimConfig:
+    """Settings as options give them; paths become text, which config.json can hold."""
+    return runs.SlimConfig(
+        **{name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
+    )
+
+
+def _load(config: runs.SlimConfig) -> Dataset:
+    return load_data(
+        config.data,
+        root=Path(config.data_root),
+        image_size=config.image_size,
+        track=progress_bar,
+    )
+
+
+def _claim(out: Path, resume: bool, config: runs.SlimConfig) -> None:
+    """See that a folder holds no other run, or with ``--resume`` the same one."""
+    found = runs.read_config(out)
+    if found is None:
+        return
+    if not resume:
+        raise UsageError(f"{out} holds a run; --resume goes on with it, or name another --out")
+    changed = [
+        f"--{field.name.replace('_', '-')} was {getattr(found, field.name)}"
+        for field in dataclasses.fields(config)
+        if getattr(found, field.name) != getattr(config, field.name)
+    ]
+    if changed:
+        raise UsageError(f"{out} holds a run with other settings: {', '.join(changed)}")
+
+
+def _network(file: Path | None, config: runs.SlimConfig, classes: int) -> torch.nn.Module:
+    if file is None:
+        return create_model(config.model, num_classes=classes, weights=config.weights)
+    if file.suffix == ".pt":
+        return runs.Checkpoint.load(file).build()
+    return load(file)
+
+
+def _hint_at_reach(config: runs.SlimConfig, data: Dataset) -> None:
+    """Say so, before training, if the penalty cannot bring a scale of 1 under the threshold."""
+    reach = config.sparsity * total_step_size(config.training(), data)
+    if config.sparsity > 0 and reach < 1:
+        click.echo(
+            f"rmprune: note: in this training the penalty moves a scale by {reach:.2g} at most, "
+            "and scales begin near 1, so few channels or none will be switched off; "
+            "a larger --sparsity or more --epochs reach further",
+            err=True,
+        )
+
+
+def _say_selection(masked: runs.Checkpoint) -> None:
+    assert masked.masks is not None
+    masks = masked.masks
+    click.echo(
+        f"{masks.removed} of {masks.channels} channels lie under {masked.config.threshold:g}"
+    )
+    for name in masks.forced:
+        click.echo(f"all channels of {name} lie under the threshold; the largest stays")
+
+
+def _say_size(net: PlainNet, path: Path) -> None:
+    table = reports.layer_table(net)
+    params, macs = int(table["params"].sum()), int(table["macs"].sum())
+    click.echo(f"{path}: {params:,} parameters, {macs / 1e6:.2f} MMACs an image")
+
+
+def _accuracy(checkpoint: runs.Checkpoint) -> str:
+    if not checkpoint.history:
+        return "not measured (no epoch was trained)"
+    return f"{100 * checkpoint.history[-1]['test_accuracy']:.2f} %"

@@ -1,0 +1,206 @@
+"""Physical removal of a plain net's dead channels, with what they leave behind folded on.
+
+In a list, a channel concerns one layer that computes it and one that reads it. It is dead if
+it is *constant* (its row or its scale is zero) or *unread* (its column is zero); one death
+brings about others up and down the list, until nothing changes. Layers are then cut by
+torch-pruning's functions.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from rmprune.errors import PruningError, UsageError
+from rmprune.plain import PlainNet, Width
+
+POINTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardswish, nn.SiLU, nn.GELU)
+
+
+def prune(net: PlainNet, threshold: float | None = None) -> PlainNet:
+    """Remove the channels that a plain net does not need.
+
+    Without a threshold only channels that are constant or unread go. A channel that is
+    constantly 0 goes without a trace. Another constant is added to the bias of the layer
+    that reads it, which is exact wherever that layer does not read its zero padding.
+
+    Args:
+        net: As `rmprune.convert` returns it; left as it is.
+        threshold: Channels whose scale ``|γ|`` lies under it are switched off first: they
+            become the constant act(β). Needs the BNs (``convert(..., keep_bn=True)``).
+
+    Returns:
+        A smaller net in evaluation mode. Every layer keeps at least one channel.
+
+    Raises:
+        UsageError: The threshold is negative or not a number.
+        PruningError: A threshold is given but the net has no BNs behind its convolutions.
+
+    Warns:
+        UserWarning: A layer kept one channel though all of its channels are dead.
+    """
+    result = copy.deepcopy(net).eval()
+    joints = _joints(result)
+    with torch.no_grad():
+        if threshold is not None:
+            _switch_off(joints, threshold)
+        alive = [torch.ones(len(joint.producer.weight), dtype=torch.bool) for joint in joints]
+        while True:
+            before = [mask.clone() for mask in alive]
+            for joint, mask in zip(joints, alive, strict=True):
+                joint.fold_constants(mask)
+            for joint, mask in reversed(list(zip(joints, alive, strict=True))):
+                joint.silence_unread(mask)
+            if all(torch.equal(*pair) for pair in zip(before, alive, strict=True)):
+                break
+        for joint, mask in zip(joints, alive, strict=True):
+            _keep_one(joint, mask)
+            joint.remove(mask)
+    widths = {**result.widths, **_new_widths(result.widths, joints, alive)}
+    return _checked(result.with_layers(OrderedDict(result.named_children()), widths).eval())
+
+
+@dataclass(frozen=True)
+class _Joint:
+    """A convolution, the layers of single channels behind it, and the layer that reads them."""
+
+    name: str
+    producer: nn.Conv2d
+    between: tuple[nn.Module, ...]
+    consumer: nn.Conv2d | nn.Linear
+    consumer_bn: nn.BatchNorm2d | None
+
+    @property
+    def bn(self) -> nn.BatchNorm2d | None:
+        """The BN directly behind the convolution."""
+        first = self.between[0] if self.between else None
+        return first if isinstance(first, nn.BatchNorm2d) else None
+
+    def columns(self) -> Tensor:
+        """The consumer's weights, a view of shape ``(out, channels, positions)``."""
+        weight = self.consumer.weight
+        return weight.view(len(weight), len(self.producer.weight), -1)
+
+    def fold_constants(self, alive: Tensor) -> None:
+        """Add what constant channels contribute to the consumer's bias; cut them off."""
+        constant = alive & (self.producer.weight.flatten(1) == 0).all(1).cpu()
+        if self.bn is not None:
+            constant |= alive & (self.bn.weight == 0).cpu()
+        if not constant.any():
+            return
+        zeros = torch.zeros_like(self.producer.weight[:, 0, 0, 0])
+        values = zeros if self.producer.bias is None else self.producer.bias
+        values = values[None, :, None, None]
+        for module in self.between:
+            if isinstance(module, (*POINTWISE, nn.BatchNorm2d)):
+                values = module(values.clone())
+        columns = self.columns()
+        where = constant.to(columns.device)
+        self._add_to_bias(columns[:, where].sum(2) @ values.flatten()[where])
+        columns[:, where] = 0
+
+    def _add_to_bias(self, offset: Tensor) -> None:
+        if self.consumer.bias is not None:
+            self.consumer.bias += offset
+        elif self.consumer_bn is not None and self.consumer_bn.running_mean is not None:
+            self.consumer_bn.running_mean -= offset
+        elif offset.any():
+            self.consumer.bias = nn.Parameter(offset)
+
+    def silence_unread(self, alive: Tensor) -> None:
+        """Zero the rows that nobody reads, so that what they read may be unread too."""
+        unread = alive & (self.columns() == 0).all(2).all(0).cpu()
+        alive &= ~unread
+        where = unread.to(self.producer.weight.device)
+        self.producer.weight[where] = 0
+        if self.producer.bias is not None:
+            self.producer.bias[where] = 0
+
+    def remove(self, alive: Tensor) -> None:
+        """Cut the dead channels out of all layers concerned."""
+        dead = torch.nonzero(~alive).flatten().tolist()
+        if not dead:
+            return
+        positions = self.columns().shape[2]
+        tp.prune_conv_out_channels(self.producer, dead)
+        for module in self.between:
+            if isinstance(module, nn.BatchNorm2d):
+                tp.prune_batchnorm_out_channels(module, dead)
+            elif isinstance(module, nn.PReLU) and module.num_parameters > 1:
+                tp.prune_prelu_out_channels(module, dead)
+        if isinstance(self.consumer, nn.Conv2d):
+            tp.prune_conv_in_channels(self.consumer, dead)
+        else:
+            inputs = [channel * positions + p for channel in dead for p in range(positions)]
+            tp.prune_linear_in_channels(self.consumer, inputs)
+
+
+def _joints(net: PlainNet) -> list[_Joint]:
+    """All places where channels can be removed: between two ungrouped layers."""
+    children = list(net.named_children())
+    weighted = [i for i, (_, m) in enumerate(children) if isinstance(m, nn.Conv2d | nn.Linear)]
+    joints = []
+    for here, there in zip(weighted, weighted[1:], strict=False):
+        name, producer = children[here]
+        consumer = children[there][1]
+        follower = children[there + 1][1] if there + 1 < len(children) else None
+        if not isinstance(producer, nn.Conv2d) or producer.groups != 1:
+            continue
+        if isinstance(consumer, nn.Conv2d) and consumer.groups != 1:
+            continue
+        assert isinstance(consumer, nn.Conv2d | nn.Linear)
+        between = tuple(module for _, module in children[here + 1 : there])
+        bn = follower if isinstance(follower, nn.BatchNorm2d) else None
+        joints.append(_Joint(name, producer, between, consumer, bn))
+    return joints
+
+
+def _switch_off(joints: list[_Joint], threshold: float) -> None:
+    if not threshold >= 0:
+        raise UsageError(f"the threshold must not be negative, but it is {threshold}")
+    for joint in joints:
+        if joint.bn is None:
+            raise PruningError(
+                f"layer {joint.name!r} has no BN, so its channels have no scales to compare "
+                "with a threshold; prune the net that convert(..., keep_bn=True) gives"
+            )
+        joint.bn.weight[joint.bn.weight.abs() < threshold] = 0
+
+
+def _keep_one(joint: _Joint, alive: Tensor) -> None:
+    """Let the channel with the largest scale (without BN, the first) stay if all are dead."""
+    if alive.any():
+        return
+    best = 0 if joint.bn is None else int(joint.bn.weight.abs().argmax())
+    alive[best] = True
+    warnings.warn(
+        f"all channels of layer {joint.name!r} are dead; one is kept, and the net's output "
+        "no longer depends on its input there: a smaller threshold keeps more",
+        stacklevel=3,
+    )
+
+
+def _new_widths(
+    widths: dict[str, Width], joints: list[_Joint], alive: list[Tensor]
+) -> dict[str, Width]:
+    """How many own and reserved channels are left in each layer."""
+    result = {}
+    for joint, mask in zip(joints, alive, strict=True):
+        own = widths[joint.name].own if joint.name in widths else len(mask)
+        result[joint.name] = Width(int(mask[:own].sum()), int(mask[own:].sum()))
+    return result
+
+
+def _checked(net: PlainNet) -> PlainNet:
+    """The net, after a forward pass has shown that its layers fit."""
+    if net.input_shape is not None:
+        like = next(net.parameters())
+        with torch.no_grad():
+            net(torch.zeros(1, *net.input_shape, device=like.device, dtype=like.dtype))
+    return net

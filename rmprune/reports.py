@@ -1,0 +1,139 @@
+"""Tables of what was measured, and what they were measured on."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from rmprune.data import Dataset
+from rmprune.measure import count_params, latency, layer_macs, measure
+from rmprune.plain import PlainNet, Width
+from rmprune.progress import Track, no_progress
+
+
+def compare(
+    models: Mapping[str, nn.Module],
+    example_input: Tensor,
+    data: Dataset | None = None,
+    *,
+    threads: int = 1,
+    track: Track = no_progress,
+) -> pd.DataFrame:
+    """Measure nets side by side, their latencies in one run and in turn.
+
+    Args:
+        models: By name, on the device of the example input; the first is the reference of
+            the speed-ups.
+        example_input: ``(N, C, H, W)``, the batch to time.
+        data: For the accuracy on all test images; None leaves it out.
+        threads: For the latency, on the CPU.
+        track: Progress display.
+
+    Returns:
+        A row for each net: ``model``, ``accuracy`` (share of the test images), ``params``,
+        ``macs`` (of one image), ``latency_ms`` (median, whole batch), ``latency_iqr_ms``,
+        ``speedup`` over the first net.
+    """
+    timings = latency(models, example_input, threads=threads)
+    rows = []
+    for name, model in models.items():
+        report = measure(model, example_input, data, timed=False, track=track)
+        rows.append(
+            {
+                "model": name,
+                "accuracy": report.accuracy,
+                "params": report.params,
+                "macs": report.macs,
+                "latency_ms": timings[name].median_ms,
+                "latency_iqr_ms": timings[name].iqr_ms,
+            }
+        )
+    table = pd.DataFrame(rows)
+    table["speedup"] = table["latency_ms"].iloc[0] / table["latency_ms"]
+    return table
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """What figures were measured on."""
+    return {
+        "hardware": _cpu_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": threads,
+        "backend": f"torch {torch.__version__}",
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def layer_table(net: PlainNet) -> pd.DataFrame:
+    """What became of every layer.
+
+    Returns:
+        A row for each convolution and linear layer: ``layer``, ``channels_before`` and
+        ``channels`` (outputs as converted, and now), ``reserved_before`` and ``reserved``
+        (how many of them are carried through a block), ``kernel``, ``params`` and, if the
+        net knows its input shape, ``macs``. A convolution that is no longer there has 0 channels.
+    """
+    macs = {} if net.input_shape is None else layer_macs(net, net.input_shape)
+    modules = dict(net.named_children())
+    names = [n for n, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear)]
+    gone = [name for name in net.converted_widths if name not in modules]
+    order = list(net.converted_widths) + [n for n in names if n not in net.converted_widths]
+    rows = []
+    for name in order:
+        module = modules.get(name)
+        outputs = 0 if name in gone else int(getattr(module, "weight").shape[0])  # noqa: B009
+        before = net.converted_widths.get(name, Width(outputs))
+        rows.append(
+            {
+                "layer": name,
+                "kernel": _kernel(module),
+                "channels_before": before.total,
+                "channels": outputs,
+                "reserved_before": before.reserved,
+                "reserved": net.widths[name].reserved if name in net.widths else 0,
+                "params": 0 if module is None else count_params(module),
+                "macs": macs.get(name, 0),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _kernel(module: nn.Module | None) -> str:
+    if isinstance(module, nn.Conv2d):
+        rows, columns = module.kernel_size
+        return f"{rows}×{columns}" + ("" if module.groups == 1 else " depthwise")
+    return "" if module is None else "linear"
+
+
+def as_text(table: pd.DataFrame) -> str:
+    """A table for a terminal, with figures in readable units."""
+    shown = pd.DataFrame()
+    for column in table.columns:
+        title, convert = FORMATS.get(column, (column.replace("_", " "), str))
+        shown[title] = [("–" if pd.isna(value) else convert(value)) for value in table[column]]
+    return shown.to_string(index=False)
+
+
+FORMATS = {
+    "accuracy": ("accuracy", lambda share: f"{100 * share:.2f} %"),
+    "params": ("params", lambda count: f"{count:,}"),
+    "macs": ("MMACs", lambda count: f"{count / 1e6:.2f}"),
+    "latency_ms": ("latency ms", lambda value: f"{value:.2f}"),
+    "latency_iqr_ms": ("± IQR", lambda value: f"{value:.2f}"),
+    "speedup": ("speed-up", lambda ratio: f"{ratio:.2f}×"),
+}

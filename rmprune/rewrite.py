@@ -1,0 +1,206 @@
+"""Rewrites of a plain net that leave its outputs as they are: walks over a list.
+
+Each takes a `PlainNet` in evaluation mode and returns a new one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from rmprune.norms import Moments
+from rmprune.plain import PlainNet
+
+
+def fold_bn(net: PlainNet) -> PlainNet:
+    """Fold every BN that stands behind a convolution into it."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    previous = ""
+    for name, module in net.named_children():
+        conv = layers.get(previous)
+        if isinstance(module, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d):
+            layers[previous] = fuse_conv_bn_eval(conv, module)
+            continue
+        layers[name] = copy.deepcopy(module)
+        previous = name
+    return net.with_layers(layers).eval()
+
+
+def add_bn(net: PlainNet, calibration_batches: Iterable[Tensor]) -> PlainNet:
+    """Put a BN behind every convolution that has none, for training a folded net.
+
+    The statistics are measured, and γ = √(σ² + ε), β = μ leave the net unchanged (RMNet,
+    appendix A.2: without BN the training of a plain net diverges).
+
+    Args:
+        net: In evaluation mode.
+        calibration_batches: Normalised images, ``(N, C, H, W)`` each.
+    """
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    children = list(net.named_children())
+    followers = [module for _, module in children[1:]] + [None]
+    with torch.no_grad():
+        activations = list(calibration_batches)
+        for (name, module), follower in zip(children, followers, strict=True):
+            layers[name] = copy.deepcopy(module)
+            activations = [module(batch) for batch in activations]
+            if isinstance(module, nn.Conv2d) and not isinstance(follower, nn.BatchNorm2d):
+                moments = Moments(module.out_channels)
+                for batch in activations:
+                    moments.add(batch)
+                layers[f"{name}_bn"] = moments.identity_bn().to(module.weight)
+    return net.with_layers(layers).eval()
+
+
+def collapse(net: PlainNet) -> PlainNet:
+    """Fold BNs, then shrink what is pointwise: blocks that lost all their own channels.
+
+    Such a block is a map of single channels between two ReLUs. Its two k×k convolutions
+    become one 1×1 convolution, that one a depthwise layer where it is diagonal, and no
+    layer at all where its factors are positive and its offsets are not: then
+    ``relu(a · relu(z) + c) = relu(a z + c)`` folds into the layer before.
+    """
+    layers = list(fold_bn(net).named_children())
+    layers = [(name, _without_empty_taps(module)) for name, module in layers]
+    layers = _compose_pointwise(layers)
+    layers = [(name, _as_depthwise(module)) for name, module in layers]
+    layers = _absorb_diagonals(layers)
+    kept = {name for name, _ in layers}
+    widths = {name: width for name, width in net.widths.items() if name in kept}
+    return net.with_layers(OrderedDict(layers), widths).eval()
+
+
+def _without_empty_taps(module: nn.Module) -> nn.Module:
+    """A convolution that reads only its centre tap, as a 1×1 convolution."""
+    if not isinstance(module, nn.Conv2d) or module.kernel_size == (1, 1):
+        return module
+    rows, columns = module.kernel_size
+    centre = module.weight[:, :, rows // 2, columns // 2].detach()
+    same = tuple(d * (k // 2) for d, k in zip(module.dilation, module.kernel_size, strict=True))
+    only_centre = torch.count_nonzero(module.weight) == torch.count_nonzero(centre)
+    if module.padding != same or not only_centre:
+        return module
+    return _pointwise(centre[:, :, None, None], module.bias, module.stride, module.groups)
+
+
+def _pointwise(
+    weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], groups: int = 1
+) -> nn.Conv2d:
+    conv = nn.Conv2d(
+        weight.shape[1] * groups,
+        weight.shape[0],
+        1,
+        (stride[0], stride[1]),
+        groups=groups,
+        bias=bias is not None,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    conv.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        conv.bias = nn.Parameter(bias.detach().clone())
+    return conv
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+
+
+def _compose_pointwise(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Join relu → 1×1 → relu → 1×1 where the second ReLU sees nothing negative."""
+    result: list[tuple[str, nn.Module]] = []
+    for name, module in layers:
+        tail = [layer for _, layer in result[-3:]]
+        if isinstance(module, nn.Conv2d) and _is_pointwise(module) and len(tail) == 3:
+            before, first, between = tail
+            if (
+                isinstance(before, nn.ReLU)
+                and isinstance(first, nn.Conv2d)
+                and _is_pointwise(first)
+                and isinstance(between, nn.ReLU | nn.PReLU)
+                and _passes_non_negative(first)
+            ):
+                del result[-2:]
+                module = _composed(first, module)
+        result.append((name, module))
+    return result
+
+
+def _passes_non_negative(conv: nn.Conv2d) -> bool:
+    """Whether a convolution of non-negative inputs has no negative outputs."""
+    bias_is_fine = conv.bias is None or bool((conv.bias >= 0).all())
+    return bias_is_fine and bool((conv.weight >= 0).all())
+
+
+def _composed(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
+    """``second(first(x))`` of two 1×1 convolutions, as one."""
+    outer, inner = (conv.weight.detach()[:, :, 0, 0] for conv in (second, first))
+    bias = outer.new_zeros(len(outer)) if second.bias is None else second.bias.detach()
+    if first.bias is not None:
+        bias = bias + outer @ first.bias.detach()
+    stride = (first.stride[0] * second.stride[0], first.stride[1] * second.stride[1])
+    return _pointwise((outer @ inner)[:, :, None, None], bias, stride)
+
+
+def _as_depthwise(module: nn.Module) -> nn.Module:
+    """A diagonal 1×1 convolution as a depthwise one."""
+    if not isinstance(module, nn.Conv2d) or not _is_pointwise(module):
+        return module
+    matrix = module.weight.detach()[:, :, 0, 0]
+    diagonal = matrix.diagonal()
+    if matrix.shape[0] != matrix.shape[1] or not torch.equal(matrix, torch.diag(diagonal)):
+        return module
+    return _pointwise(diagonal[:, None, None, None], module.bias, module.stride, len(diagonal))
+
+
+def _absorb_diagonals(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Fold conv → relu → diagonal → relu into conv → relu where that is exact."""
+    result: list[tuple[str, nn.Module]] = []
+    for position, (name, module) in enumerate(layers):
+        follower = layers[position + 1][1] if position + 1 < len(layers) else None
+        tail = [layer for _, layer in result[-2:]]
+        if (
+            len(tail) == 2
+            and isinstance(tail[0], nn.Conv2d)
+            and isinstance(tail[1], nn.ReLU)
+            and isinstance(follower, nn.ReLU)
+            and isinstance(module, nn.Conv2d)
+            and _is_absorbable(module)
+        ):
+            source, _ = result[-2]
+            result[-2:] = [(source, _scaled(tail[0], module))]
+            continue
+        result.append((name, module))
+    return result
+
+
+def _is_absorbable(conv: nn.Conv2d) -> bool:
+    depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.stride == (1, 1)
+    pointwise = conv.kernel_size == (1, 1) and bool((conv.weight > 0).all())
+    return depthwise and pointwise and (conv.bias is None or bool((conv.bias <= 0).all()))
+
+
+def _scaled(conv: nn.Conv2d, diagonal: nn.Conv2d) -> nn.Conv2d:
+    """A convolution with a per-channel factor and offset folded in."""
+    factor = diagonal.weight.detach().flatten()
+    scaled = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        (conv.kernel_size[0], conv.kernel_size[1]),
+        (conv.stride[0], conv.stride[1]),
+        conv.padding if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1]),
+        (conv.dilation[0], conv.dilation[1]),
+        conv.groups,
+        device=factor.device,
+        dtype=factor.dtype,
+    )
+    scaled.weight = nn.Parameter(conv.weight.detach() * factor[:, None, None, None])
+    bias = torch.zeros_like(factor) if conv.bias is None else conv.bias.detach() * factor
+    offset = torch.zeros_like(factor) if diagonal.bias is None else diagonal.bias.detach()
+    scaled.bias = nn.Parameter(bias + offset)
+    return scaled

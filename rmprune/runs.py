@@ -1,0 +1,403 @@
+"""Runs: the stages of slimming, each reading from a folder what the one before wrote there.
+
+    train     sparse.pt          slimmable model after sparsity training
+    prune     masked.pt          the same with its masks, channels switched off
+              pruned.safetensors the plain net of it, not fine-tuned
+    finetune  finetuned.pt       the masked model, fine-tuned while still residual
+              net.safetensors    the plain net of it: the result
+
+Beside them stand ``config.json`` and ``metrics.csv`` (one row an epoch). A checkpoint tells
+all that is needed to build its model again, so that every stage can be run by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, fx, nn
+
+from rmprune.convert import convert
+from rmprune.data import Dataset, Split, test_batches
+from rmprune.errors import StoreError, UsageError
+from rmprune.models import create_model
+from rmprune.plain import PlainNet
+from rmprune.plots import plot_run
+from rmprune.progress import Track, no_progress
+from rmprune.removal import prune as remove_dead_channels
+from rmprune.reports import compare, environment
+from rmprune.rewrite import add_bn, collapse
+from rmprune.selection import Masks, apply_masks, select
+from rmprune.slimming import Cost, Penalty, add_shortcut_bn, penalty_weights, scale_parameters
+from rmprune.store import (
+    load,
+    load_checkpoint,
+    read_json,
+    save,
+    save_checkpoint,
+    write_csv,
+    write_json,
+)
+from rmprune.training import EpochResult, Precision, TrainingConfig, fit
+
+CALIBRATION_IMAGES = 1024
+
+
+@dataclass(frozen=True)
+class SlimConfig:
+    """Settings of a run; `rmprune slim --help` explains them.
+
+    Attributes:
+        model: A name that `rmprune.create_model` knows.
+        weights: File with trained weights, or None to start from random ones.
+        data: As `rmprune.data.load_data` takes it.
+        data_root: Where named data sets lie or are put.
+        image_size: To resize images to, in pixels; None leaves them as they are.
+        sparsity: λ of the L1 penalty on channel scales.
+        threshold: Channels with a smaller scale go.
+        cost: How the penalty is spread, see `rmprune.slimming.penalty_weights`.
+        epochs: Of sparsity training.
+        finetune_epochs: Of fine-tuning under the masks.
+        lr: Learning rate of sparsity training.
+        finetune_lr: Learning rate of fine-tuning.
+        batch_size: Of both.
+        seed: Of everything random.
+        device: ``auto``, ``cpu``, ``cuda``, ….
+        precision: ``auto``, ``float32`` or ``bf16``.
+    """
+
+    model: str = "resnet20"
+    weights: str | None = None
+    data: str = "digits"
+    data_root: str = "data"
+    image_size: int | None = None
+    sparsity: float = 1e-4
+    threshold: float = 5e-3
+    cost: Cost = "macs"
+    epochs: int = 30
+    finetune_epochs: int = 30
+    lr: float = 0.1
+    finetune_lr: float = 0.05
+    batch_size: int = 128
+    seed: int = 0
+    device: str = "auto"
+    precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("sparsity", "threshold"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"{name} must not be negative, but it is {getattr(self, name)}")
+
+    def training(self) -> TrainingConfig:
+        """Settings of the sparsity training."""
+        return TrainingConfig(
+            self.epochs, self.lr, self.batch_size, seed=self.seed, precision=self.precision
+        )
+
+    def finetuning(self) -> TrainingConfig:
+        """Settings of the fine-tuning, which draws other batches than the training did."""
+        return dataclasses.replace(
+            self.training(),
+            epochs=self.finetune_epochs,
+            lr=self.finetune_lr,
+            seed=self.seed + 1,
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a net must know of the data it was trained for.
+
+    Attributes:
+        data: Name of the data set.
+        classes: Their names, in the order of the outputs.
+        image_shape: ``(3, H, W)``.
+        mean: Of RGB in [0, 1], subtracted first.
+        std: Of RGB in [0, 1], divided by.
+    """
+
+    data: str
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, data: Dataset) -> Task:
+        """The task that a data set poses."""
+        return cls(data.name, data.classes, data.image_shape, data.mean, data.std)
+
+    def example_input(self, device: torch.device | str = "cpu") -> Tensor:
+        """Two images of noise, ``(2, 3, H, W)``."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(2, *self.image_shape, generator=generator).to(device)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A slimmable model at some point of a run.
+
+    Attributes:
+        stage: ``sparse``, ``masked`` or ``finetuned``.
+        config: Settings of the run.
+        task: What the model is trained for.
+        model: Its state dict.
+        masks: Masks that it is held under, if any.
+        epoch: Epochs trained in this stage.
+        optimizer: The optimizer's state dict, if the stage trains.
+        history: One row for each epoch of this stage.
+    """
+
+    stage: str
+    config: SlimConfig
+    task: Task
+    model: dict[str, Any]
+    masks: Masks | None = None
+    epoch: int = 0
+    optimizer: dict[str, Any] | None = None
+    history: tuple[dict[str, Any], ...] = ()
+
+    def save(self, path: Path) -> None:
+        """Write to a file; see `rmprune.store.save_checkpoint`."""
+        state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("config", "task", "masks"):
+            value = state[name]
+            state[name] = None if value is None else dataclasses.asdict(value)
+        save_checkpoint(state, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Checkpoint:
+        """Read a checkpoint.
+
+        Raises:
+            StoreError: The file is missing, damaged, or not a checkpoint of a run.
+        """
+        state = load_checkpoint(path)
+        try:
+            masks = state["masks"]
+            return cls(
+                **{
+                    **state,
+                    "config": SlimConfig(**state["config"]),
+                    "task": Task(**state["task"]),
+                    "masks": None if masks is None else Masks(**masks),
+                }
+            )
+        except (KeyError, TypeError) as error:
+            raise StoreError(
+                f"{path} is not a checkpoint of an rmprune run; give the sparse.pt, masked.pt "
+                "or finetuned.pt of a run folder"
+            ) from error
+
+    def build(self, device: torch.device | str = "cpu") -> fx.GraphModule:
+        """The slimmable model, with its weights and under its masks, in evaluation mode."""
+        model = create_model(self.config.model, num_classes=len(self.task.classes))
+        slim = add_shortcut_bn(model)
+        if self.masks is not None:
+            apply_masks(slim, self.masks)
+        slim.load_state_dict(self.model)
+        return slim.to(device).eval()
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto``: a GPU if there is one.
+
+    Raises:
+        UsageError: There is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {name!r} cannot be used here: {reason}") from error
+    return device
+
+
+def calibration_batches(data: Dataset, device: torch.device) -> list[Tensor]:
+    """Normalised training images for measuring BN statistics: the first of a fixed shuffle."""
+    order = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(0))
+    chosen = order[:CALIBRATION_IMAGES]
+    split = Split(data.train.images[chosen], data.train.labels[chosen])
+    batches = test_batches(
+        split, 256, mean=data.mean, std=data.std, device=device, dtype=torch.float32
+    )
+    return [images for images, _ in batches]
+
+
+def train(
+    folder: Path, config: SlimConfig, data: Dataset, track: Track = no_progress
+) -> Checkpoint:
+    """Train for sparsity, going on where the folder's ``sparse.pt`` stands."""
+    device = pick_device(config.device)
+    torch.manual_seed(config.seed)
+    model = create_model(config.model, num_classes=len(data.classes), weights=config.weights)
+    path = folder / "sparse.pt"
+    write_json(dataclasses.asdict(config), folder / "config.json")
+    if path.exists():
+        checkpoint = Checkpoint.load(path)
+        slim = checkpoint.build(device)
+    else:
+        slim = add_shortcut_bn(model.to(device), calibration_batches(data, device))
+        checkpoint = Checkpoint("sparse", config, Task.of(data), slim.state_dict())
+    weights = penalty_weights(slim, checkpoint.task.example_input(device), config.cost)
+    penalty = Penalty(scale_parameters(slim), config.sparsity, weights)
+    return _fit(slim, checkpoint, config.training(), data, path, device, track, penalty)
+
+
+def prune(checkpoint: Checkpoint, threshold: float, folder: Path) -> Checkpoint:
+    """Select channels and switch them off; save the masked model and its plain net."""
+    slim = checkpoint.build()
+    masks = select(slim, threshold)
+    apply_masks(slim, masks)
+    masked = Checkpoint(
+        "masked",
+        dataclasses.replace(checkpoint.config, threshold=threshold),
+        checkpoint.task,
+        slim.state_dict(),
+        masks,
+    )
+    masked.save(folder / "masked.pt")
+    save(deploy(masked), folder / "pruned.safetensors")
+    return masked
+
+
+def finetune(
+    folder: Path,
+    masked: Checkpoint,
+    config: SlimConfig,
+    data: Dataset,
+    track: Track = no_progress,
+) -> Checkpoint:
+    """Fine-tune under the masks, going on where ``finetuned.pt`` stands; save the plain net."""
+    device = pick_device(config.device)
+    path = folder / "finetuned.pt"
+    if path.exists():
+        checkpoint = Checkpoint.load(path)
+    else:
+        checkpoint = dataclasses.replace(masked, stage="finetuned", config=config)
+    slim = checkpoint.build(device)
+    checkpoint = _fit(slim, checkpoint, config.finetuning(), data, path, device, track)
+    save(deploy(checkpoint), folder / "net.safetensors")
+    return checkpoint
+
+
+def deploy(checkpoint: Checkpoint) -> PlainNet:
+    """The plain net of a checkpoint: converted, dead channels removed, BNs folded."""
+    plain = convert(checkpoint.build(), checkpoint.task.example_input())
+    net = collapse(remove_dead_channels(plain))
+    net.info = {"model": checkpoint.config.model, **dataclasses.asdict(checkpoint.task)}
+    return net
+
+
+def finetune_plain(
+    net: PlainNet, config: SlimConfig, data: Dataset, track: Track = no_progress
+) -> tuple[PlainNet, float]:
+    """Fine-tune a plain net with all weights free, behind each convolution a BN of its own.
+
+    Returns:
+        The net with BNs folded again, and its accuracy on the test images.
+    """
+    device = pick_device(config.device)
+    with_bn = add_bn(net.to(device), calibration_batches(data, device))
+    results = fit(with_bn, data, config.finetuning(), device=device, track=track)
+    folded = collapse(with_bn).cpu()
+    return folded, results[-1].test_accuracy if results else float("nan")
+
+
+def report(
+    folder: Path,
+    sparse: Checkpoint,
+    finetuned: Checkpoint,
+    data: Dataset,
+    track: Track = no_progress,
+) -> pd.DataFrame:
+    """Measure the residual model, its plain net and the pruned net; write table and picture.
+
+    Without ``weights`` the residual model is the one that sparsity training gave.
+    """
+    config = sparse.config
+    net = load(folder / "net.safetensors")
+    if config.weights is not None:
+        residual: nn.Module = create_model(
+            config.model, num_classes=len(data.classes), weights=config.weights
+        )
+    else:
+        residual = sparse.build()
+    models = {
+        "residual, before": residual.eval(),
+        "residual, fine-tuned under masks": finetuned.build(),
+        "plain, pruned": net,
+    }
+    table = compare(models, finetuned.task.example_input()[:1], data, track=track)
+    write_csv(table.assign(**environment(threads=1)), folder / "report.csv")
+    plot_run(pd.read_csv(folder / "metrics.csv"), net, folder / "run.png")
+    return table
+
+
+def read_config(folder: Path) -> SlimConfig | None:
+    """The settings of the run that a folder holds, or None if it holds none."""
+    path = folder / "config.json"
+    if not path.exists():
+        return None
+    try:
+        return SlimConfig(**read_json(path))
+    except TypeError as error:
+        raise StoreError(f"{path} is not the config.json of an rmprune run") from error
+
+
+def _fit(
+    slim: fx.GraphModule,
+    start: Checkpoint,
+    config: TrainingConfig,
+    data: Dataset,
+    path: Path,
+    device: torch.device,
+    track: Track,
+    penalty: Penalty | None = None,
+) -> Checkpoint:
+    """Train from a checkpoint on; every epoch replaces the file at ``path``."""
+    latest = start
+
+    def after_epoch(result: EpochResult, state: dict[str, Any]) -> None:
+        nonlocal latest
+        row = {"stage": start.stage, **dataclasses.asdict(result)}
+        latest = dataclasses.replace(latest, **state, history=(*latest.history, row))
+        latest.save(path)
+        _write_metrics(path.with_name("metrics.csv"), latest)
+
+    resume_from = None
+    if start.optimizer is not None:
+        resume_from = {
+            "epoch": start.epoch,
+            "model": start.model,
+            "optimizer": start.optimizer,
+        }
+    fit(
+        slim,
+        data,
+        config,
+        penalty=penalty,
+        device=device,
+        resume_from=resume_from,
+        after_epoch=after_epoch,
+        track=track,
+    )
+    if latest is start:
+        latest.save(path)
+    return latest
+
+
+def _write_metrics(path: Path, checkpoint: Checkpoint) -> None:
+    """Write the rows of a checkpoint's stage behind those of other stages."""
+    rows = pd.DataFrame(list(checkpoint.history))
+    if path.exists():
+        earlier = pd.read_csv(path)
+        rows = pd.concat([earlier[earlier["stage"] != checkpoint.stage], rows])
+    write_csv(rows, path)

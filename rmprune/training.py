@@ -1,0 +1,253 @@
+"""One training loop, for sparsity training and for fine-tuning.
+
+Data order, augmentation and dropout are functions of (seed, epoch) alone and the learning
+rate is one of the step, so a run that resumes after an epoch goes on bit for bit (CPU, same
+number of threads) from the model's and the optimizer's state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rmprune.data import Dataset, batch_count, train_batches
+from rmprune.errors import TrainingError, UsageError
+from rmprune.measure import evaluate
+from rmprune.progress import Track, no_progress
+from rmprune.slimming import Penalty
+
+Precision = Literal["auto", "float32", "bf16"]
+STEPS_BETWEEN_LOSS_CHECKS = 50
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of one training.
+
+    Attributes:
+        epochs: Passes over the training images.
+        lr: Highest learning rate: reached linearly over the warm-up, left along a cosine.
+        batch_size: Images a step.
+        warmup: Share of all steps.
+        momentum: Of SGD, Nesterov's form.
+        weight_decay: Of weights; not of biases and BN parameters.
+        label_smoothing: Share of the target spread over all classes.
+        seed: Of data order, augmentation and dropout.
+        precision: ``"bf16"`` autocasts; ``"auto"`` does so where the hardware computes it.
+    """
+
+    epochs: int
+    lr: float = 0.1
+    batch_size: int = 128
+    warmup: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    seed: int = 0
+    precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        limits = {"epochs": 0, "batch_size": 1, "lr": 0, "weight_decay": 0, "seed": 0}
+        for name, least in limits.items():
+            value = getattr(self, name)
+            if not (value >= least and math.isfinite(value)):
+                raise UsageError(f"{name} must be at least {least}, but it is {value}")
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """What one epoch gave.
+
+    Attributes:
+        epoch: Counted from 1.
+        loss: Mean cross-entropy of the training batches, the penalty not included.
+        test_accuracy: Share of the test images, after the epoch.
+        lr: Of the epoch's last step.
+    """
+
+    epoch: int
+    loss: float
+    test_accuracy: float
+    lr: float
+
+
+def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
+    """The learning rate of one step: linear warm-up, then half a cosine to zero."""
+    warmup = config.warmup * steps
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(steps - warmup, 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def total_step_size(config: TrainingConfig, data: Dataset) -> float:
+    """How far a constant gradient of 1 moves a parameter in the whole training."""
+    steps = config.epochs * batch_count(data.train, config.batch_size)
+    total = sum(learning_rate(config, step, steps) for step in range(steps))
+    return total / (1 - config.momentum)
+
+
+def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """The dtype to autocast to, or None for float32 throughout.
+
+    Raises:
+        UsageError: The precision is unknown.
+    """
+    if precision == "float32":
+        return None
+    if precision == "bf16":
+        return torch.bfloat16
+    if precision != "auto":
+        raise UsageError(f"unknown precision {precision!r}; known: auto, float32, bf16")
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+    capable = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if capable else None
+
+
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.SGD:
+    """SGD over a model's parameters, with weight decay on convolutions and linear layers."""
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.PReLU)
+    exempt = {
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters()
+        if isinstance(module, norms) or name == "bias"
+    }
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in parameters if id(parameter) not in exempt]
+    others = [parameter for parameter in parameters if id(parameter) in exempt]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.momentum > 0,
+        fused=True,
+    )
+
+
+def fit(
+    model: nn.Module,
+    data: Dataset,
+    config: TrainingConfig,
+    *,
+    penalty: Penalty | None = None,
+    device: torch.device | str = "cpu",
+    resume_from: dict[str, Any] | None = None,
+    after_epoch: Callable[[EpochResult, dict[str, Any]], None] | None = None,
+    track: Track = no_progress,
+) -> list[EpochResult]:
+    """Train a model in place; it is left in evaluation mode.
+
+    Args:
+        model: Any network that maps ``(N, 3, H, W)`` to ``(N, classes)``.
+        data: Images and how to augment them.
+        config: See `TrainingConfig`.
+        penalty: Sparsity's pull on the channel scales.
+        device: Where to train; the model is moved there.
+        resume_from: A state that ``after_epoch`` was given by an earlier run with the same
+            arguments; training goes on behind that epoch.
+        after_epoch: Called with every epoch's result and the state to resume from.
+        track: Progress display.
+
+    Returns:
+        The results of the epochs that this call trained.
+
+    Raises:
+        TrainingError: The loss is no longer finite.
+    """
+    device = torch.device(device)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(model, config)
+    first_epoch = 0
+    if resume_from is not None:
+        model.load_state_dict(resume_from["model"])
+        optimizer.load_state_dict(resume_from["optimizer"])
+        first_epoch = resume_from["epoch"]
+    dtype = autocast_dtype(config.precision, device)
+    results = []
+    for epoch in range(first_epoch, config.epochs):
+        loss = _train_epoch(model, data, config, epoch, optimizer, penalty, device, dtype, track)
+        correct, total = evaluate(
+            model, data.test, mean=data.mean, std=data.std, device=device, autocast=dtype
+        )
+        result = EpochResult(epoch + 1, loss, correct / total, optimizer.param_groups[0]["lr"])
+        results.append(result)
+        if after_epoch is not None:
+            state = {
+                "epoch": epoch + 1,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
+            after_epoch(result, state)
+    model.eval()
+    return results
+
+
+def _train_epoch(
+    model: nn.Module,
+    data: Dataset,
+    config: TrainingConfig,
+    epoch: int,
+    optimizer: torch.optim.Optimizer,
+    penalty: Penalty | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    track: Track,
+) -> float:
+    """One pass over the training images; returns the mean loss."""
+    steps = batch_count(data.train, config.batch_size)
+    generator = torch.Generator().manual_seed(_mixed(config.seed, epoch))
+    torch.manual_seed(_mixed(config.seed, epoch))  # dropout draws from the global generator
+    batches = train_batches(
+        data.train,
+        config.batch_size,
+        generator=generator,
+        augmentation=data.augmentation,
+        mean=data.mean,
+        std=data.std,
+        device=device,
+    )
+    model.train()
+    total = torch.zeros((), device=device)
+    label = f"epoch {epoch + 1}/{config.epochs}"
+    for step, (images, labels) in enumerate(track(batches, steps, label)):
+        lr = learning_rate(config, epoch * steps + step, config.epochs * steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            outputs = model(images)
+        loss = F.cross_entropy(outputs.float(), labels, label_smoothing=config.label_smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if penalty is not None:
+            penalty.add_to_gradients()
+        optimizer.step()
+        total += loss.detach()
+        if step % STEPS_BETWEEN_LOSS_CHECKS == 0 or step == steps - 1:
+            _check_finite(total, epoch, config)
+    return total.item() / steps
+
+
+def _check_finite(total: Tensor, epoch: int, config: TrainingConfig) -> None:
+    if not torch.isfinite(total):
+        raise TrainingError(
+            f"the loss is no longer finite in epoch {epoch + 1}; try a smaller --lr than "
+            f"{config.lr:g}, --precision float32, or weights that are trained; "
+            "the checkpoint of the epoch before is whole"
+        )
+
+
+def _mixed(seed: int, epoch: int) -> int:
+    """One seed from two numbers; large odd factors keep (seed, epoch) pairs apart."""
+    return (seed * 1_000_003 + epoch * 7_919 + 12_345) % 2**63
