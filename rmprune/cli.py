@@ -99,8 +99,13 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
         help="Trained weights of the model: a state dict (.pt, .safetensors). "
         "Without them training starts from random weights.",
     ),
-    "data": click.option("--data", default=DEFAULTS.data, show_default=True, help="digits (built in), cifar10, cifar100, or folder:PATH with PATH/train/CLASS/* and "
-        "PATH/test/CLASS/* (or val)."),
+    "data": click.option(
+        "--data",
+        default=DEFAULTS.data,
+        show_default=True,
+        help="digits (built in), cifar10, cifar100, or folder:PATH with PATH/train/CLASS/* and "
+        "PATH/test/CLASS/* (or val).",
+    ),
     "data_root": click.option(
         "--data-root",
         type=FOLDER,
@@ -190,6 +195,13 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
         show_default=True,
         help="Of training; auto takes bf16 where the hardware computes it.",
     ),
+    "compile": click.option(
+        "--compile",
+        type=click.Choice(["off", "on"]),
+        default=DEFAULTS.compile,
+        show_default=True,
+        help="Compile the training step: faster after about a minute; needs a C++ compiler.",
+    ),
     "out": click.option(
         "--out", type=FOLDER, default=Path("runs/slim"), show_default=True, help="Run folder."
     ),
@@ -201,7 +213,7 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 TASK = ("data", "data_root", "image_size")
-TRAINING = ("lr", "batch_size", "seed", "device", "precision")
+TRAINING = ("lr", "batch_size", "seed", "device", "precision", "compile")
 
 
 @click.group(
@@ -228,7 +240,9 @@ def main(debug: bool) -> None:
 
 @main.command()
 @_options("model", "weights", *TASK, "sparsity", "threshold", "cost", "epochs", "finetune_epochs")
-@_options("lr", "finetune_lr", "batch_size", "seed", "device", "precision", "out", "resume")
+@_options(
+    "lr", "finetune_lr", "batch_size", "seed", "device", "precision", "compile", "out", "resume"
+)
 def slim(out: Path, resume: bool, **settings: Any) -> None:
     """Run the whole pipeline: train, select, fine-tune under masks, convert, remove, measure.
 
@@ -285,7 +299,7 @@ def prune(run: Path, threshold: float, out: Path | None) -> None:
 @click.argument("run", type=click.Path(exists=True, path_type=Path))
 @click.option("--plain", is_flag=True, help="Fine-tune a plain net: RUN is a .safetensors file.")
 @_options("data", "data_root", "image_size", "finetune_epochs", "finetune_lr", "batch_size")
-@_options("seed", "device", "precision")
+@_options("seed", "device", "precision", "compile")
 @click.option("--out", type=FOLDER, help="Folder to write.  [default: where RUN lies]")
 def finetune(run: Path, plain: bool, out: Path | None, **settings: Any) -> None:
     """Fine-tune what `rmprune prune` wrote, under its masks, and save the plain net of it.

@@ -324,7 +324,9 @@ def _conv_bn(
         weight.shape[0],
         (source.kernel_size[0], source.kernel_size[1]),
         (stride[0], stride[1]),
-        source.padding if isinstance(source.padding, str) else (source.padding[0], source.padding[1]),
+        source.padding
+        if isinstance(source.padding, str)
+        else (source.padding[0], source.padding[1]),
         (source.dilation[0], source.dilation[1]),
         bias=False,
         device=weight.device,

@@ -129,9 +129,7 @@ def load_data(
     train, test = (
         Split(_resized(split.images, image_size), split.labels) for split in (data.train, data.test)
     )
-    return Dataset(
-        data.name, train, test, data.classes, data.mean, data.std, data.augmentation
-    )
+    return Dataset(data.name, train, test, data.classes, data.mean, data.std, data.augmentation)
 
 
 def _load_digits() -> Dataset:
@@ -222,9 +220,7 @@ def _listing(folder: Path) -> dict[str, list[Path]]:
         raise DataError(f"{folder} is empty; it needs one folder of images for each class")
     for name, files in listing.items():
         if not files:
-            raise DataError(
-                f"class folder {folder / name} has no images ({', '.join(endings)})"
-            )
+            raise DataError(f"class folder {folder / name} has no images ({', '.join(endings)})")
     return listing
 
 

@@ -35,7 +35,9 @@ class ConversionError(RmpruneError):
     """
 
     def __init__(self, node: str, reason: str, advice: str = "") -> None:
-        super().__init__(f"cannot convert at {node!r}: {reason}" + (f"; {advice}" if advice else ""))
+        super().__init__(
+            f"cannot convert at {node!r}: {reason}" + (f"; {advice}" if advice else "")
+        )
         self.node = node
         self.reason = reason
         self.advice = advice

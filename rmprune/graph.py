@@ -330,10 +330,10 @@ def _is_batch_size(node: Any) -> bool:
 def _as_subsample(index: Any) -> nn.Module | None:
     everything = slice(None)
     match index:
-        case (batch, channels, slice() as rows, slice() as columns) if (
-            (batch, channels) == (everything, everything)
-            and rows == columns == slice(None, None, rows.step)
-        ):
+        case (batch, channels, slice() as rows, slice() as columns) if (batch, channels) == (
+            everything,
+            everything,
+        ) and rows == columns == slice(None, None, rows.step):
             return Subsample(rows.step or 1)
         case _:
             return None

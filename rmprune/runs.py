@@ -42,7 +42,7 @@ from rmprune.store import (
     write_csv,
     write_json,
 )
-from rmprune.training import EpochResult, Precision, TrainingConfig, fit
+from rmprune.training import Compile, EpochResult, Precision, TrainingConfig, fit
 
 CALIBRATION_IMAGES = 1024
 
@@ -68,6 +68,7 @@ class SlimConfig:
         seed: Of everything random.
         device: ``auto``, ``cpu``, ``cuda``, ….
         precision: ``auto``, ``float32`` or ``bf16``.
+        compile: ``off`` or ``on``.
     """
 
     model: str = "resnet20"
@@ -86,6 +87,7 @@ class SlimConfig:
     seed: int = 0
     device: str = "auto"
     precision: Precision = "auto"
+    compile: Compile = "off"
 
     def __post_init__(self) -> None:
         for name in ("sparsity", "threshold"):
@@ -95,7 +97,12 @@ class SlimConfig:
     def training(self) -> TrainingConfig:
         """Settings of the sparsity training."""
         return TrainingConfig(
-            self.epochs, self.lr, self.batch_size, seed=self.seed, precision=self.precision
+            self.epochs,
+            self.lr,
+            self.batch_size,
+            seed=self.seed,
+            precision=self.precision,
+            compile=self.compile,
         )
 
     def finetuning(self) -> TrainingConfig:

@@ -215,5 +215,3 @@ def _move_constants(block: Block, keep: Tensor) -> None:
     else:
         last.bias += fold_shortcut(remainder, len(constants), constants).weight @ constants
     head.bias -= constants
-
-

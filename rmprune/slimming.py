@@ -23,9 +23,7 @@ from rmprune.norms import Moments
 Cost = Literal["macs", "uniform"]
 
 
-def add_shortcut_bn(
-    model: nn.Module, calibration_batches: Iterable[Tensor] = ()
-) -> fx.GraphModule:
+def add_shortcut_bn(model: nn.Module, calibration_batches: Iterable[Tensor] = ()) -> fx.GraphModule:
     """Put a BN at the head of every shortcut: the slimmable model.
 
     The BN reads the block's input x, so that its channels are those that conversion will

@@ -23,6 +23,7 @@ from rmprune.progress import Track, no_progress
 from rmprune.slimming import Penalty
 
 Precision = Literal["auto", "float32", "bf16"]
+Compile = Literal["off", "on"]
 STEPS_BETWEEN_LOSS_CHECKS = 50
 
 
@@ -40,6 +41,7 @@ class TrainingConfig:
         label_smoothing: Share of the target spread over all classes.
         seed: Of data order, augmentation and dropout.
         precision: ``"bf16"`` autocasts; ``"auto"`` does so where the hardware computes it.
+        compile: ``"on"``: `torch.compile` the model for training; needs a C++ compiler.
     """
 
     epochs: int
@@ -51,6 +53,7 @@ class TrainingConfig:
     label_smoothing: float = 0.0
     seed: int = 0
     precision: Precision = "auto"
+    compile: Compile = "off"
 
     def __post_init__(self) -> None:
         limits = {"epochs": 0, "batch_size": 1, "lr": 0, "weight_decay": 0, "seed": 0}
@@ -175,11 +178,18 @@ def fit(
         optimizer.load_state_dict(resume_from["optimizer"])
         first_epoch = resume_from["epoch"]
     dtype = autocast_dtype(config.precision, device)
+    forward = torch.compile(model) if config.compile == "on" else model
     results = []
     for epoch in range(first_epoch, config.epochs):
-        loss = _train_epoch(model, data, config, epoch, optimizer, penalty, device, dtype, track)
+        loss = _train_epoch(forward, data, config, epoch, optimizer, penalty, device, dtype, track)
         correct, total = evaluate(
-            model, data.test, mean=data.mean, std=data.std, device=device, autocast=dtype
+            model,
+            data.test,
+            mean=data.mean,
+            std=data.std,
+            device=device,
+            autocast=dtype,
+            memory_format=torch.channels_last,
         )
         result = EpochResult(epoch + 1, loss, correct / total, optimizer.param_groups[0]["lr"])
         results.append(result)
@@ -217,6 +227,7 @@ def _train_epoch(
         mean=data.mean,
         std=data.std,
         device=device,
+        memory_format=torch.channels_last,
     )
     model.train()
     total = torch.zeros((), device=device)

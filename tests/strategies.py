@@ -60,9 +60,7 @@ def residual_networks(
     return scramble(nn.Sequential(*layers)).double().eval()
 
 
-def _block(
-    draw: st.DrawFn, width: int, shortcut: str, two_convs: bool
-) -> tuple[nn.Module, int]:
+def _block(draw: st.DrawFn, width: int, shortcut: str, two_convs: bool) -> tuple[nn.Module, int]:
     out = width if shortcut == "identity" else draw(st.integers(2, 7))
     stride = 1 if shortcut == "identity" else draw(st.sampled_from([1, 2]))
     side: nn.Module | None = None

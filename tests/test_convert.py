@@ -173,7 +173,9 @@ def test_fold_bn_equals():
 
 
 def block(*body, shortcut=None):
-    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), Residual(nn.Sequential(*body), shortcut, False))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.ReLU(), Residual(nn.Sequential(*body), shortcut, False)
+    )
 
 
 class Branches(nn.Module):
