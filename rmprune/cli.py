@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -298,32 +297,39 @@ def prune(run: Path, threshold: float, out: Path | None) -> None:
 @main.command()
 @click.argument("run", type=click.Path(exists=True, path_type=Path))
 @click.option("--plain", is_flag=True, help="Fine-tune a plain net: RUN is a .safetensors file.")
-@_options("data", "data_root", "image_size", "finetune_epochs", "finetune_lr", "batch_size")
-@_options("seed", "device", "precision", "compile")
+@_options(*TASK, "finetune_epochs", "finetune_lr", "batch_size", "seed", "device", "precision")
+@_options("compile")
 @click.option("--out", type=FOLDER, help="Folder to write.  [default: where RUN lies]")
-def finetune(run: Path, plain: bool, out: Path | None, **settings: Any) -> None:
+@_options("resume")
+def finetune(run: Path, plain: bool, out: Path | None, resume: bool, **settings: Any) -> None:
     """Fine-tune what `rmprune prune` wrote, under its masks, and save the plain net of it.
 
     RUN is the folder or its masked.pt. With --plain it is a plain net, whose every weight is
-    free: a BN is put behind each convolution and folded again at the end.
+    free: a BN is put behind each convolution and folded again at the end. Options that are
+    not given are those of the run.
     """
-    config = _config(settings)
-    data = _load(config)
+    source = run / "masked.pt" if run.is_dir() and not plain else run
+    folder = out or source.parent
     if plain:
-        out = out or run.parent
-        net, accuracy = runs.finetune_plain(load(run), config, data, progress_bar)
-        path = out / f"{run.stem}-finetuned.safetensors"
-        save(net, path)
+        net = load(source)
+        task, config = runs.task_of(net), runs.SlimConfig()
+        if task is not None:
+            config = dataclasses.replace(config, data=task.data)
+        checkpoint_path, net_path = runs.plain_paths(folder, source)
     else:
-        source = run / "masked.pt" if run.is_dir() else run
-        out = out or source.parent
         masked = runs.Checkpoint.load(source)
-        config = dataclasses.replace(masked.config, **settings)
-        checkpoint = runs.finetune(out, masked, config, data, progress_bar)
-        net, accuracy = load(out / "net.safetensors"), _accuracy(checkpoint)
-        path = out / "net.safetensors"
-    click.echo(f"test accuracy {accuracy}")
-    _say_size(net, path)
+        task, config = masked.task, masked.config
+        checkpoint_path, net_path = folder / "finetuned.pt", folder / "net.safetensors"
+    config = dataclasses.replace(config, **_given(settings))
+    if checkpoint_path.exists():
+        _check_same(runs.Checkpoint.load(checkpoint_path).config, config, folder, resume)
+    data = _load(config, task)
+    if plain:
+        checkpoint = runs.finetune_plain(folder, source, config, data, progress_bar)
+    else:
+        checkpoint = runs.finetune(folder, masked, config, data, progress_bar)
+    click.echo(f"test accuracy {_accuracy(checkpoint)}")
+    _say_size(load(net_path), net_path)
 
 
 @main.command()
@@ -373,21 +379,31 @@ def convert(
 @main.command(name="eval")
 @click.argument("net", required=False, type=EXISTING_FILE)
 @_options("model", "weights", *TASK, "device")
-def evaluate_(net: Path | None, device: str, model: str, **settings: Any) -> None:
+def evaluate_(net: Path | None, device: str, **settings: Any) -> None:
     """Classify all test images, in float32.
 
-    NET is a plain net or a checkpoint of a run; without it, --model and --weights name a
-    model.
+    NET is a plain net or a checkpoint of a run, and --data need not be given if it is the
+    data that NET was trained for. Without NET, --model and --weights name a model.
     """
-    config = _config({**settings, "model": model, "device": device})
-    data = _load(config)
-    network = _network(net, config, len(data.classes)).to(runs.pick_device(device))
+    place = runs.pick_device(device)
+    if net is None:
+        config = _config(settings)
+        data = _load(config)
+        network: torch.nn.Module = create_model(
+            config.model, num_classes=len(data.classes), weights=config.weights
+        )
+    else:
+        given = _given(settings)
+        if given.keys() & {"model", "weights"}:
+            raise UsageError("give either NET or --model and --weights, not both")
+        network, task, config = _open(net)
+        data = _load(dataclasses.replace(config, **given), task)
     correct, images = evaluate(
-        network,
+        network.to(place),
         data.test,
         mean=data.mean,
         std=data.std,
-        device=runs.pick_device(device),
+        device=place,
         track=progress_bar,
     )
     click.echo(f"{100 * correct / images:.2f} % ({correct} of {images} images)")
@@ -397,11 +413,11 @@ def evaluate_(net: Path | None, device: str, model: str, **settings: Any) -> Non
 @click.argument("file", type=EXISTING_FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def inspect(file: Path, as_json: bool) -> None:
-    """Show what became of every layer of a plain net.
+    """Show what became of every layer of a plain net, or of a run's checkpoint once plain.
 
     Channels before and after removal, the reserved ones among them, parameters and MACs.
     """
-    net = load(file)
+    net = runs.deploy(runs.Checkpoint.load(file)) if file.suffix == ".pt" else load(file)
     table = reports.layer_table(net)
     if as_json:
         click.echo(json.dumps({"info": net.info, "layers": table.to_dict("records")}))
@@ -411,43 +427,70 @@ def inspect(file: Path, as_json: bool) -> None:
 
 
 def _config(settings: dict[str, Any]) -> runs.SlimConfig:
-    """Settings as options give them; paths become text, which config.json can hold."""
-    return runs.SlimConfig(
-        **{name: str(v) if isinstance(v, Path) else v for name, v in settings.items()}
-    )
+    return runs.SlimConfig(**_plain_values(settings))
 
 
-def _load(config: runs.SlimConfig) -> Dataset:
-    return load_data(
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of the settings that stand on the command line."""
+    source = click.get_current_context().get_parameter_source
+    default = click.core.ParameterSource.DEFAULT
+    return _plain_values({k: v for k, v in settings.items() if source(k) is not default})
+
+
+def _plain_values(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with paths as text, which config.json can hold."""
+    return {key: str(v) if isinstance(v, Path) else v for key, v in settings.items()}
+
+
+def _load(config: runs.SlimConfig, task: runs.Task | None = None) -> Dataset:
+    """Load the data; it must have the classes of the task, if there is one."""
+    data = load_data(
         config.data,
         root=Path(config.data_root),
         image_size=config.image_size,
         track=progress_bar,
     )
+    if task is not None and tuple(task.classes) != data.classes:
+        raise UsageError(
+            f"the net was trained for the classes {_shortened(task.classes)}, but {config.data} "
+            f"has {_shortened(data.classes)}; give its data by --data"
+        )
+    return data
+
+
+def _shortened(classes: tuple[str, ...]) -> str:
+    return ", ".join(classes[:3]) + (", …" if len(classes) > 3 else "")
 
 
 def _claim(out: Path, resume: bool, config: runs.SlimConfig) -> None:
     """See that a folder holds no other run, or with ``--resume`` the same one."""
     found = runs.read_config(out)
-    if found is None:
-        return
+    if found is not None:
+        _check_same(found, config, out, resume)
+
+
+def _check_same(
+    found: runs.SlimConfig, config: runs.SlimConfig, folder: Path, resume: bool
+) -> None:
     if not resume:
-        raise UsageError(f"{out} holds a run; --resume goes on with it, or name another --out")
+        raise UsageError(f"{folder} holds a run; --resume goes on with it, or name another --out")
     changed = [
         f"--{field.name.replace('_', '-')} was {getattr(found, field.name)}"
         for field in dataclasses.fields(config)
         if getattr(found, field.name) != getattr(config, field.name)
     ]
     if changed:
-        raise UsageError(f"{out} holds a run with other settings: {', '.join(changed)}")
+        raise UsageError(f"{folder} holds a run with other settings: {', '.join(changed)}")
 
 
-def _network(file: Path | None, config: runs.SlimConfig, classes: int) -> torch.nn.Module:
-    if file is None:
-        return create_model(config.model, num_classes=classes, weights=config.weights)
+def _open(file: Path) -> tuple[torch.nn.Module, runs.Task | None, runs.SlimConfig]:
+    """A network from a file, what it was trained for, and its run's settings."""
     if file.suffix == ".pt":
-        return runs.Checkpoint.load(file).build()
-    return load(file)
+        checkpoint = runs.Checkpoint.load(file)
+        return checkpoint.build(), checkpoint.task, checkpoint.config
+    net = load(file)
+    task = runs.task_of(net)
+    return net, task, runs.SlimConfig() if task is None else runs.SlimConfig(data=task.data)
 
 
 def _hint_at_reach(config: runs.SlimConfig, data: Dataset) -> None:

@@ -12,7 +12,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +126,11 @@ def load_data(
         )
     if image_size is None or image_size == data.train.images.shape[-1]:
         return data
-    train, test = (
-        Split(_resized(split.images, image_size), split.labels) for split in (data.train, data.test)
+    return replace(
+        data,
+        train=Split(_resized(data.train.images, image_size), data.train.labels),
+        test=Split(_resized(data.test.images, image_size), data.test.labels),
     )
-    return Dataset(data.name, train, test, data.classes, data.mean, data.std, data.augmentation)
 
 
 def _load_digits() -> Dataset:
@@ -162,14 +163,14 @@ def _load_cifar(name: str, root: Path) -> Dataset:
             f"{name} is not in {root} and cannot be downloaded ({_first_line(error)}); "
             f"put it there, or unpack it as images and give folder:PATH"
         ) from error
-    splits = [
+    train, test = (
         Split(
             torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(),
             torch.tensor(part.targets),
         )
         for part in parts
-    ]
-    return Dataset(name, *splits, tuple(parts[0].classes))
+    )
+    return Dataset(name, train, test, tuple(parts[0].classes))
 
 
 def _load_folder(path: Path, spec: str, image_size: int | None, track: Track) -> Dataset:
@@ -388,7 +389,7 @@ def augment(images: Tensor, augmentation: Augmentation, generator: torch.Generat
     return images
 
 
-def test_batches(
+def eval_batches(
     split: Split,
     batch_size: int,
     *,

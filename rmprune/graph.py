@@ -321,22 +321,19 @@ def _function_as_module(node: fx.Node) -> nn.Module | None:
 
 def _is_batch_size(node: Any) -> bool:
     """Whether an argument is ``x.size(0)`` or ``x.shape[0]``."""
-    return isinstance(node, fx.Node) and (
-        (node.target == "size" and node.args[1:] == (0,))
-        or (node.target is operator.getitem and node.args[1] == 0)
-    )
+    if not isinstance(node, fx.Node):
+        return False
+    if node.target == "size":
+        return node.args[1:] == (0,)
+    return node.target is operator.getitem and node.args[1:] == (0,)
 
 
 def _as_subsample(index: Any) -> nn.Module | None:
-    everything = slice(None)
-    match index:
-        case (batch, channels, slice() as rows, slice() as columns) if (batch, channels) == (
-            everything,
-            everything,
-        ) and rows == columns == slice(None, None, rows.step):
-            return Subsample(rows.step or 1)
-        case _:
-            return None
+    if not isinstance(index, tuple) or len(index) != 4 or not isinstance(index[3], slice):
+        return None
+    step = index[3].step
+    every = slice(None, None, step)
+    return Subsample(step or 1) if index == (slice(None), slice(None), every, every) else None
 
 
 def _as_channel_padding(arguments: list[Any], keywords: dict[str, Any]) -> nn.Module | None:

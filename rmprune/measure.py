@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from rmprune.data import Dataset, Split, test_batches
+from rmprune.data import Dataset, Split, eval_batches
 from rmprune.errors import UsageError
 from rmprune.progress import Track, no_progress
 
@@ -184,7 +184,7 @@ def evaluate(
     highest = int(split.labels.max())
     # Summed on the device, so that no batch waits for the one before it.
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    batches = test_batches(
+    batches = eval_batches(
         split,
         batch_size,
         mean=mean,

@@ -12,6 +12,7 @@ import copy
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch_pruning as tp
@@ -146,7 +147,7 @@ def _joints(net: PlainNet) -> list[_Joint]:
     children = list(net.named_children())
     weighted = [i for i, (_, m) in enumerate(children) if isinstance(m, nn.Conv2d | nn.Linear)]
     joints = []
-    for here, there in zip(weighted, weighted[1:], strict=False):
+    for here, there in pairwise(weighted):
         name, producer = children[here]
         consumer = children[there][1]
         follower = children[there + 1][1] if there + 1 < len(children) else None

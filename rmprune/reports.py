@@ -16,6 +16,15 @@ from rmprune.measure import count_params, latency, layer_macs, measure
 from rmprune.plain import PlainNet, Width
 from rmprune.progress import Track, no_progress
 
+FORMATS = {
+    "accuracy": ("accuracy", "{:.2%}"),
+    "params": ("params", "{:,}"),
+    "macs": ("MACs", "{:,}"),
+    "latency_ms": ("latency ms", "{:.2f}"),
+    "latency_iqr_ms": ("± IQR", "{:.2f}"),
+    "speedup": ("speed-up", "{:.2f}×"),
+}
+
 
 def compare(
     models: Mapping[str, nn.Module],
@@ -124,16 +133,6 @@ def as_text(table: pd.DataFrame) -> str:
     """A table for a terminal, with figures in readable units."""
     shown = pd.DataFrame()
     for column in table.columns:
-        title, convert = FORMATS.get(column, (column.replace("_", " "), str))
-        shown[title] = [("–" if pd.isna(value) else convert(value)) for value in table[column]]
+        title, form = FORMATS.get(column, (column.replace("_", " "), "{}"))
+        shown[title] = ["–" if pd.isna(value) else form.format(value) for value in table[column]]
     return shown.to_string(index=False)
-
-
-FORMATS = {
-    "accuracy": ("accuracy", lambda share: f"{100 * share:.2f} %"),
-    "params": ("params", lambda count: f"{count:,}"),
-    "macs": ("MMACs", lambda count: f"{count / 1e6:.2f}"),
-    "latency_ms": ("latency ms", lambda value: f"{value:.2f}"),
-    "latency_iqr_ms": ("± IQR", lambda value: f"{value:.2f}"),
-    "speedup": ("speed-up", lambda ratio: f"{ratio:.2f}×"),
-}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.convert import convert
-from rmprune.data import Dataset, Split, test_batches
+from rmprune.data import Dataset, Split, eval_batches
 from rmprune.errors import StoreError, UsageError
 from rmprune.models import create_model
 from rmprune.plain import PlainNet
@@ -138,6 +138,16 @@ class Task:
         """The task that a data set poses."""
         return cls(data.name, data.classes, data.image_shape, data.mean, data.std)
 
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Task:
+        """The task that ``dataclasses.asdict`` took apart; further keys are ignored."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        known: dict[str, Any] = {
+            name: tuple(value[name]) if isinstance(value[name], list) else value[name]
+            for name in names
+        }
+        return cls(**known)
+
     def example_input(self, device: torch.device | str = "cpu") -> Tensor:
         """Two images of noise, ``(2, 3, H, W)``."""
         generator = torch.Generator().manual_seed(0)
@@ -197,11 +207,20 @@ class Checkpoint:
         except (KeyError, TypeError) as error:
             raise StoreError(
                 f"{path} is not a checkpoint of an rmprune run; give the sparse.pt, masked.pt "
-                "or finetuned.pt of a run folder"
+                "or finetuned.pt of a run folder; a model's weights are given by --weights"
             ) from error
 
     def build(self, device: torch.device | str = "cpu") -> fx.GraphModule:
-        """The slimmable model, with its weights and under its masks, in evaluation mode."""
+        """The slimmable model, with its weights and under its masks, in evaluation mode.
+
+        Raises:
+            StoreError: The weights are not those of a slimmable model.
+        """
+        if self.stage == "plain":
+            raise StoreError(
+                "this is a checkpoint of the fine-tuning of a plain net, kept for --resume; "
+                "its result is the .safetensors file beside it"
+            )
         model = create_model(self.config.model, num_classes=len(self.task.classes))
         slim = add_shortcut_bn(model)
         if self.masks is not None:
@@ -232,7 +251,7 @@ def calibration_batches(data: Dataset, device: torch.device) -> list[Tensor]:
     order = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(0))
     chosen = order[:CALIBRATION_IMAGES]
     split = Split(data.train.images[chosen], data.train.labels[chosen])
-    batches = test_batches(
+    batches = eval_batches(
         split, 256, mean=data.mean, std=data.std, device=device, dtype=torch.float32
     )
     return [images for images, _ in batches]
@@ -295,6 +314,14 @@ def finetune(
     return checkpoint
 
 
+def task_of(net: PlainNet) -> Task | None:
+    """What a saved net was trained for, if it says so."""
+    try:
+        return Task.from_json(net.info)
+    except KeyError:
+        return None
+
+
 def deploy(checkpoint: Checkpoint) -> PlainNet:
     """The plain net of a checkpoint: converted, dead channels removed, BNs folded."""
     plain = convert(checkpoint.build(), checkpoint.task.example_input())
@@ -303,19 +330,29 @@ def deploy(checkpoint: Checkpoint) -> PlainNet:
     return net
 
 
-def finetune_plain(
-    net: PlainNet, config: SlimConfig, data: Dataset, track: Track = no_progress
-) -> tuple[PlainNet, float]:
-    """Fine-tune a plain net with all weights free, behind each convolution a BN of its own.
+def plain_paths(folder: Path, source: Path) -> tuple[Path, Path]:
+    """Where `finetune_plain` keeps its checkpoint, and where it saves the net."""
+    return folder / f"{source.stem}-plain.pt", folder / f"{source.stem}-finetuned.safetensors"
 
-    Returns:
-        The net with BNs folded again, and its accuracy on the test images.
+
+def finetune_plain(
+    folder: Path, source: Path, config: SlimConfig, data: Dataset, track: Track = no_progress
+) -> Checkpoint:
+    """Fine-tune a saved plain net with all weights free, going on where its checkpoint stands.
+
+    Behind each convolution trains a BN of its own, which is folded again at the end.
     """
     device = pick_device(config.device)
-    with_bn = add_bn(net.to(device), calibration_batches(data, device))
-    results = fit(with_bn, data, config.finetuning(), device=device, track=track)
-    folded = collapse(with_bn).cpu()
-    return folded, results[-1].test_accuracy if results else float("nan")
+    path, result = plain_paths(folder, source)
+    net = add_bn(load(source).to(device), calibration_batches(data, device))
+    if path.exists():
+        checkpoint = Checkpoint.load(path)
+        net.load_state_dict(checkpoint.model)
+    else:
+        checkpoint = Checkpoint("plain", config, Task.of(data), net.state_dict())
+    checkpoint = _fit(net, checkpoint, config.finetuning(), data, path, device, track)
+    save(collapse(net).cpu(), result)
+    return checkpoint
 
 
 def report(
@@ -360,7 +397,7 @@ def read_config(folder: Path) -> SlimConfig | None:
 
 
 def _fit(
-    slim: fx.GraphModule,
+    model: nn.Module,
     start: Checkpoint,
     config: TrainingConfig,
     data: Dataset,
@@ -387,7 +424,7 @@ def _fit(
             "optimizer": start.optimizer,
         }
     fit(
-        slim,
+        model,
         data,
         config,
         penalty=penalty,

@@ -85,7 +85,7 @@ class _Selection:
 
     def visit_block(self, block: Block) -> None:
         units = split_units(block.body)
-        last, bns = _last_bn(block, units), [unit.bn for unit in units[:-1] if unit.bn]
+        last, bns = _last_bn(units), [unit.bn for unit in units[:-1] if unit.bn]
         head, *remainder = block.shortcut or (None,)
         if head is None or not isinstance(head.module, nn.BatchNorm2d):
             raise PruningError(
@@ -138,7 +138,7 @@ def _scale(layer: Layer) -> Tensor:
     return weight.detach().abs()
 
 
-def _last_bn(block: Block, units: list[Unit]) -> Layer:
+def _last_bn(units: list[Unit]) -> Layer:
     if units[-1].bn is None:
         raise PruningError(
             f"the last convolution of a block, {units[-1].conv.name!r}, has no BN: "
@@ -201,7 +201,7 @@ def apply_masks(slim: fx.GraphModule, masks: Masks) -> None:
 def _move_constants(block: Block, keep: Tensor) -> None:
     """Give what the switched-off channels of a shortcut BN leave behind to the next BN."""
     head, *remainder = (layer.module for layer in block.shortcut)
-    last = _last_bn(block, split_units(block.body)).module
+    last = _last_bn(split_units(block.body)).module
     assert isinstance(head, nn.BatchNorm2d)
     assert isinstance(last, nn.BatchNorm2d)
     constants = head.bias * ~keep.to(head.bias.device)
@@ -209,9 +209,9 @@ def _move_constants(block: Block, keep: Tensor) -> None:
     for module in remainder:
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
             moved = fold_shortcut(before, len(constants), constants).weight @ constants
-            module.running_mean -= moved
+            module.running_mean.sub_(moved)
             break
         before.append(module)
     else:
-        last.bias += fold_shortcut(remainder, len(constants), constants).weight @ constants
-    head.bias -= constants
+        last.bias.add_(fold_shortcut(remainder, len(constants), constants).weight @ constants)
+    head.bias.sub_(constants)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -135,7 +136,7 @@ def _saved_macs(chain: Chain, slim: nn.Module, example_input: Tensor) -> dict[st
     ]
     saved: dict[str, float] = {}
     guards = {name.replace(".", "_"): bns for name, bns in channel_guards(chain).items()}
-    for (name, module), (next_name, _) in zip(weighted, weighted[1:], strict=False):
+    for (name, module), (next_name, _) in pairwise(weighted):
         channels = len(module.weight)
         for bn in guards.get(name, ()):
             saved[bn] = (macs[name] + macs[next_name]) / channels
@@ -154,14 +155,14 @@ class Penalty:
     def __init__(
         self, scales: Mapping[str, nn.Parameter], sparsity: float, weights: Mapping[str, float]
     ) -> None:
-        self._scales = list(scales.values())
+        self._scales: list[Tensor] = list(scales.values())
         self._strengths = [sparsity * weights[name] for name in scales]
 
     @torch.no_grad()
     def add_to_gradients(self) -> None:
         """``g += λ sign(γ)`` for all BNs at once; gradients must not be scaled."""
-        gradients = [scale.grad for scale in self._scales]
-        assert all(gradient is not None for gradient in gradients)
-        pull = torch._foreach_sign(self._scales)
-        torch._foreach_mul_(pull, self._strengths)
-        torch._foreach_add_(gradients, pull)
+        pulls = list(torch._foreach_sign(self._scales))
+        torch._foreach_mul_(pulls, self._strengths)
+        gradients = [scale.grad for scale in self._scales if scale.grad is not None]
+        assert len(gradients) == len(pulls)
+        torch._foreach_add_(gradients, pulls)

@@ -170,7 +170,7 @@ def fit(
         TrainingError: The loss is no longer finite.
     """
     device = torch.device(device)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, config)
     first_epoch = 0
     if resume_from is not None:
@@ -205,7 +205,7 @@ def fit(
 
 
 def _train_epoch(
-    model: nn.Module,
+    model: Any,
     data: Dataset,
     config: TrainingConfig,
     epoch: int,
@@ -240,7 +240,7 @@ def _train_epoch(
             outputs = model(images)
         loss = F.cross_entropy(outputs.float(), labels, label_smoothing=config.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         if penalty is not None:
             penalty.add_to_gradients()
         optimizer.step()
