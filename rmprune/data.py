@@ -12,6 +12,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -275,7 +276,8 @@ def _decode(
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(handle.fileno(), 0, temporary.stat().st_size)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise DataError(
             f"cannot keep the decoded images in {cache.parent} ({error.strerror}); free space "
             "there, or set XDG_CACHE_HOME to another folder"

@@ -240,9 +240,14 @@ def is_pointwise_affine(layers: Sequence[Layer]) -> bool:
     )
 
 
-def _effort(layers: Sequence[Layer]) -> tuple[int, int]:
-    """Of two paths that could both be a shortcut, the one with less to compute is it."""
-    return sum(isinstance(layer.module, nn.Conv2d) for layer in layers), len(layers)
+def _effort(layers: Sequence[Layer]) -> tuple[bool, int, int]:
+    """Of two paths that could both be a shortcut, the one with less to compute is it.
+
+    If there is a shortcut BN at its head, it was the shortcut before that was put there.
+    """
+    has_shortcut_bn = bool(layers) and isinstance(layers[0].module, nn.BatchNorm2d)
+    convolutions = sum(isinstance(layer.module, nn.Conv2d) for layer in layers)
+    return not has_shortcut_bn, convolutions, len(layers)
 
 
 def _is_pointwise(conv: nn.Conv2d) -> bool:

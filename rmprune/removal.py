@@ -27,9 +27,10 @@ POINTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardswish, nn.SiLU, n
 def prune(net: PlainNet, threshold: float | None = None) -> PlainNet:
     """Remove the channels that a plain net does not need.
 
-    Without a threshold only channels that are constant or unread go. A channel that is
-    constantly 0 goes without a trace. Another constant is added to the bias of the layer
-    that reads it, which is exact wherever that layer does not read its zero padding.
+    Without a threshold only channels that are constant or unread go. A channel whose scale
+    is 0 leaves act(β), which is added to the bias of the layer that reads it: nothing changes
+    if it is 0, and otherwise only where that layer reads its zero padding. A channel that is
+    constant because it reads nothing goes where that is exact.
 
     Args:
         net: As `rmprune.convert` returns it; left as it is.
@@ -90,10 +91,9 @@ class _Joint:
 
     def fold_constants(self, alive: Tensor) -> None:
         """Add what constant channels contribute to the consumer's bias; cut them off."""
-        constant = alive & (self.producer.weight.flatten(1) == 0).all(1).cpu()
-        if self.bn is not None:
-            constant |= alive & (self.bn.weight == 0).cpu()
-        if not constant.any():
+        empty = (self.producer.weight.flatten(1) == 0).all(1)
+        off = torch.zeros_like(empty) if self.bn is None else self.bn.weight == 0
+        if not ((empty | off).cpu() & alive).any():
             return
         zeros = torch.zeros_like(self.producer.weight[:, 0, 0, 0])
         values = zeros if self.producer.bias is None else self.producer.bias
@@ -101,9 +101,12 @@ class _Joint:
         for module in self.between:
             if isinstance(module, (*POINTWISE, nn.BatchNorm2d)):
                 values = module(values.clone())
+        values = values.flatten()
+        if _pads(self.consumer):
+            empty &= values == 0  # nobody asked for these to go at the price of the border
         columns = self.columns()
-        where = constant.to(columns.device)
-        self._add_to_bias(columns[:, where].sum(2) @ values.flatten()[where])
+        where = (empty | off) & alive.to(off.device)
+        self._add_to_bias(columns[:, where].sum(2) @ values[where])
         columns[:, where] = 0
 
     def _add_to_bias(self, offset: Tensor) -> None:
@@ -160,6 +163,11 @@ def _joints(net: PlainNet) -> list[_Joint]:
         bn = follower if isinstance(follower, nn.BatchNorm2d) else None
         joints.append(_Joint(name, producer, between, consumer, bn))
     return joints
+
+
+def _pads(layer: nn.Module) -> bool:
+    """Whether a layer reads zeros around its input, which are no channel's constant."""
+    return isinstance(layer, nn.Conv2d) and layer.padding not in ((0, 0), "valid")
 
 
 def _switch_off(joints: list[_Joint], threshold: float) -> None:

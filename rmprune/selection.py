@@ -115,10 +115,11 @@ class _Selection:
     def _shortcut_lives(self, remainder: list[Layer], reserved: Tensor) -> Tensor:
         """Which outputs of a shortcut are kept by it, ``(out,)``."""
         modules = [layer.module for layer in remainder]
-        shortcut = fold_shortcut(modules, len(reserved), torch.ones(1))
+        like = next((t for module in modules for t in module.parameters()), torch.ones(1))
+        shortcut = fold_shortcut(modules, len(reserved), like)
         if any(isinstance(module, nn.Conv2d) for module in modules):
-            return (shortcut.scale >= self.threshold) & reserved.any()
-        return (shortcut.weight != 0).float() @ reserved.float() > 0
+            return (shortcut.scale >= self.threshold).cpu() & reserved.any()
+        return (shortcut.weight.cpu() != 0).float() @ reserved.float() > 0
 
     def _above(self, layer: Layer) -> Tensor:
         return (_scale(layer) >= self.threshold).cpu()
