@@ -7,7 +7,7 @@ import functools
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,13 +35,15 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 class _Commands(click.Group):
     """Turns every expected error into one line: status 2 for wrong use, 1 for failure."""
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *_: Any, **options: Any) -> Any:
         """Run a command and exit."""
-        debug = "--debug" in sys.argv
-        kwargs["standalone_mode"] = False
-        warnings.showwarning = _show_warning
+        words = list(sys.argv[1:] if args is None else args)
+        debug = "--debug" in words  # wherever it stands, before the command or behind it
+        words = [word for word in words if word != "--debug"]
         try:
-            status = super().main(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                status = super().main(words, **{**options, "standalone_mode": False})
         except click.UsageError as error:
             _fail(error.format_message(), 2)
         except click.ClickException as error:
@@ -153,6 +155,11 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
         show_default=True,
         help="Epochs of fine-tuning under the masks.",
     ),
+    "distill": click.option(
+        "--distill",
+        is_flag=True,
+        help="Fine-tune towards the outputs of the model with --weights too.",
+    ),
     "lr": click.option(
         "--lr",
         type=click.FloatRange(min=0, min_open=True),
@@ -234,11 +241,12 @@ def main(debug: bool) -> None:
                            rmprune finetune runs/a/threshold-0.005
     See what came out:     rmprune inspect  runs/a/threshold-0.005/net.safetensors
     """
-    del debug  # read from the command line, so that it works before and behind the command
+    del debug  # taken from the command line by _Commands.main
 
 
 @main.command()
 @_options("model", "weights", *TASK, "sparsity", "threshold", "cost", "epochs", "finetune_epochs")
+@_options("distill")
 @_options(
     "lr", "finetune_lr", "batch_size", "seed", "device", "precision", "compile", "out", "resume"
 )
@@ -297,7 +305,9 @@ def prune(run: Path, threshold: float, out: Path | None) -> None:
 @main.command()
 @click.argument("run", type=click.Path(exists=True, path_type=Path))
 @click.option("--plain", is_flag=True, help="Fine-tune a plain net: RUN is a .safetensors file.")
-@_options(*TASK, "finetune_epochs", "finetune_lr", "batch_size", "seed", "device", "precision")
+@_options(
+    *TASK, "finetune_epochs", "distill", "finetune_lr", "batch_size", "seed", "device", "precision"
+)
 @_options("compile")
 @click.option("--out", type=FOLDER, help="Folder to write.  [default: where RUN lies]")
 @_options("resume")

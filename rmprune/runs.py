@@ -62,6 +62,7 @@ class SlimConfig:
         cost: How the penalty is spread, see `rmprune.slimming.penalty_weights`.
         epochs: Of sparsity training.
         finetune_epochs: Of fine-tuning under the masks.
+        distill: Whether fine-tuning learns from the outputs of the model with ``weights``.
         lr: Learning rate of sparsity training.
         finetune_lr: Learning rate of fine-tuning.
         batch_size: Of both.
@@ -81,6 +82,7 @@ class SlimConfig:
     cost: Cost = "macs"
     epochs: int = 30
     finetune_epochs: int = 30
+    distill: bool = False
     lr: float = 0.1
     finetune_lr: float = 0.05
     batch_size: int = 128
@@ -93,6 +95,8 @@ class SlimConfig:
         for name in ("sparsity", "threshold"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name} must not be negative, but it is {getattr(self, name)}")
+        if self.distill and self.weights is None:
+            raise UsageError("to distill, name the trained weights to learn from: --weights")
 
     def training(self) -> TrainingConfig:
         """Settings of the sparsity training."""
@@ -263,7 +267,7 @@ def train(
     """Train for sparsity, going on where the folder's ``sparse.pt`` stands."""
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
-    model = create_model(config.model, num_classes=len(data.classes), weights=config.weights)
+    model = _trained_model(config, len(data.classes))
     path = folder / "sparse.pt"
     write_json(dataclasses.asdict(config), folder / "config.json")
     if path.exists():
@@ -309,7 +313,10 @@ def finetune(
     else:
         checkpoint = dataclasses.replace(masked, stage="finetuned", config=config)
     slim = checkpoint.build(device)
-    checkpoint = _fit(slim, checkpoint, config.finetuning(), data, path, device, track)
+    teacher = _trained_model(config, len(data.classes)) if config.distill else None
+    checkpoint = _fit(
+        slim, checkpoint, config.finetuning(), data, path, device, track, teacher=teacher
+    )
     save(deploy(checkpoint), folder / "net.safetensors")
     return checkpoint
 
@@ -368,12 +375,9 @@ def report(
     """
     config = sparse.config
     net = load(folder / "net.safetensors")
+    residual: nn.Module = sparse.build()
     if config.weights is not None:
-        residual: nn.Module = create_model(
-            config.model, num_classes=len(data.classes), weights=config.weights
-        )
-    else:
-        residual = sparse.build()
+        residual = _trained_model(config, len(data.classes))
     models = {
         "residual, before": residual.eval(),
         "residual, fine-tuned under masks": finetuned.build(),
@@ -383,6 +387,11 @@ def report(
     write_csv(table.assign(**environment(threads=1)), folder / "report.csv")
     plot_run(pd.read_csv(folder / "metrics.csv"), net, folder / "run.png")
     return table
+
+
+def _trained_model(config: SlimConfig, classes: int) -> nn.Module:
+    """The model that a run starts from."""
+    return create_model(config.model, num_classes=classes, weights=config.weights)
 
 
 def read_config(folder: Path) -> SlimConfig | None:
@@ -405,6 +414,7 @@ def _fit(
     device: torch.device,
     track: Track,
     penalty: Penalty | None = None,
+    teacher: nn.Module | None = None,
 ) -> Checkpoint:
     """Train from a checkpoint on; every epoch replaces the file at ``path``."""
     latest = start
@@ -428,6 +438,7 @@ def _fit(
         data,
         config,
         penalty=penalty,
+        teacher=teacher,
         device=device,
         resume_from=resume_from,
         after_epoch=after_epoch,

@@ -7,8 +7,9 @@ number of threads) from the model's and the optimizer's state.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,7 +39,9 @@ class TrainingConfig:
         warmup: Share of all steps.
         momentum: Of SGD, Nesterov's form.
         weight_decay: Of weights; not of biases and BN parameters.
-        label_smoothing: Share of the target spread over all classes.
+        distillation: Share of the loss that asks for a teacher's outputs instead of the labels
+            (Hinton et al. 2015, arXiv 1503.02531), where there is a teacher.
+        temperature: Softens both outputs for that share.
         seed: Of data order, augmentation and dropout.
         precision: ``"bf16"`` autocasts; ``"auto"`` does so where the hardware computes it.
         compile: ``"on"``: `torch.compile` the model for training; needs a C++ compiler.
@@ -50,7 +53,8 @@ class TrainingConfig:
     warmup: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    label_smoothing: float = 0.0
+    distillation: float = 0.7
+    temperature: float = 4.0
     seed: int = 0
     precision: Precision = "auto"
     compile: Compile = "off"
@@ -69,7 +73,7 @@ class EpochResult:
 
     Attributes:
         epoch: Counted from 1.
-        loss: Mean cross-entropy of the training batches, the penalty not included.
+        loss: Mean over the training batches, the penalty not included.
         test_accuracy: Share of the test images, after the epoch.
         lr: Of the epoch's last step.
     """
@@ -139,12 +143,29 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.SGD:
     )
 
 
+def distillation_loss(outputs: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """``T² · KL(softmax(targets / T) ‖ softmax(outputs / T))`` (Hinton et al. 2015, section 2).
+
+    Args:
+        outputs: The student's, ``(N, classes)``.
+        targets: The teacher's, ``(N, classes)``.
+        temperature: T.
+
+    Returns:
+        The mean over the batch.
+    """
+    student, teacher = (F.log_softmax(t / temperature, dim=1) for t in (outputs, targets))
+    divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return temperature**2 * divergence
+
+
 def fit(
     model: nn.Module,
     data: Dataset,
     config: TrainingConfig,
     *,
     penalty: Penalty | None = None,
+    teacher: nn.Module | None = None,
     device: torch.device | str = "cpu",
     resume_from: dict[str, Any] | None = None,
     after_epoch: Callable[[EpochResult, dict[str, Any]], None] | None = None,
@@ -157,6 +178,7 @@ def fit(
         data: Images and how to augment them.
         config: See `TrainingConfig`.
         penalty: Sparsity's pull on the channel scales.
+        teacher: A model whose outputs are to be learned too; it stays as it is.
         device: Where to train; the model is moved there.
         resume_from: A state that ``after_epoch`` was given by an earlier run with the same
             arguments; training goes on behind that epoch.
@@ -178,10 +200,22 @@ def fit(
         optimizer.load_state_dict(resume_from["optimizer"])
         first_epoch = resume_from["epoch"]
     dtype = autocast_dtype(config.precision, device)
-    forward = torch.compile(model) if config.compile == "on" else model
+    loss_of = _loss_function(model, teacher, config, device, dtype)
+    steps = batch_count(data.train, config.batch_size)
     results = []
     for epoch in range(first_epoch, config.epochs):
-        loss = _train_epoch(forward, data, config, epoch, optimizer, penalty, device, dtype, track)
+        model.train()
+        torch.manual_seed(_mixed(config.seed, epoch))  # dropout draws from the global generator
+        batches = track(
+            _epoch_batches(data, config, epoch, device),
+            steps,
+            f"epoch {epoch + 1}/{config.epochs}",
+        )
+        rates = [
+            learning_rate(config, epoch * steps + step, config.epochs * steps)
+            for step in range(steps)
+        ]
+        loss = _train_epoch(batches, rates, loss_of, optimizer, penalty)
         correct, total = evaluate(
             model,
             data.test,
@@ -191,7 +225,7 @@ def fit(
             autocast=dtype,
             memory_format=torch.channels_last,
         )
-        result = EpochResult(epoch + 1, loss, correct / total, optimizer.param_groups[0]["lr"])
+        result = EpochResult(epoch + 1, loss, correct / total, rates[-1])
         results.append(result)
         if after_epoch is not None:
             state = {
@@ -204,58 +238,86 @@ def fit(
     return results
 
 
-def _train_epoch(
-    model: Any,
-    data: Dataset,
+def _loss_function(
+    model: nn.Module,
+    teacher: nn.Module | None,
     config: TrainingConfig,
-    epoch: int,
-    optimizer: torch.optim.Optimizer,
-    penalty: Penalty | None,
     device: torch.device,
     dtype: torch.dtype | None,
-    track: Track,
-) -> float:
-    """One pass over the training images; returns the mean loss."""
-    steps = batch_count(data.train, config.batch_size)
-    generator = torch.Generator().manual_seed(_mixed(config.seed, epoch))
-    torch.manual_seed(_mixed(config.seed, epoch))  # dropout draws from the global generator
-    batches = train_batches(
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """What is minimised, of images ``(N, 3, H, W)`` and labels ``(N,)``."""
+
+    def precision() -> torch.autocast:
+        return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+    forward: Callable[[Tensor], Tensor] = model
+    teach: Callable[[Tensor], Tensor] | None = teacher
+    if teacher is not None:
+        teacher = copy.deepcopy(teacher).eval().to(device).to(memory_format=torch.channels_last)
+        teach = teacher
+    if config.compile == "on":
+        forward = torch.compile(model)
+        teach = None if teacher is None else torch.compile(teacher)
+
+    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+        with precision():
+            outputs = forward(images).float()
+        loss = F.cross_entropy(outputs, labels)
+        if teach is None:
+            return loss
+        with torch.no_grad(), precision():
+            targets = teach(images).float()
+        distilled = distillation_loss(outputs, targets, config.temperature)
+        return torch.lerp(loss, distilled, config.distillation)
+
+    return loss_of
+
+
+def _epoch_batches(
+    data: Dataset, config: TrainingConfig, epoch: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    return train_batches(
         data.train,
         config.batch_size,
-        generator=generator,
+        generator=torch.Generator().manual_seed(_mixed(config.seed, epoch)),
         augmentation=data.augmentation,
         mean=data.mean,
         std=data.std,
         device=device,
         memory_format=torch.channels_last,
     )
-    model.train()
-    total = torch.zeros((), device=device)
-    label = f"epoch {epoch + 1}/{config.epochs}"
-    for step, (images, labels) in enumerate(track(batches, steps, label)):
-        lr = learning_rate(config, epoch * steps + step, config.epochs * steps)
+
+
+def _train_epoch(
+    batches: Iterable[tuple[Tensor, Tensor]],
+    rates: Sequence[float],
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    penalty: Penalty | None,
+) -> float:
+    """Take one step for each batch and learning rate; return the mean loss."""
+    total: Tensor | float = 0.0
+    for step, ((images, labels), rate) in enumerate(zip(batches, rates, strict=True)):
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            outputs = model(images)
-        loss = F.cross_entropy(outputs.float(), labels, label_smoothing=config.label_smoothing)
+            group["lr"] = rate
+        loss = loss_of(images, labels)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         if penalty is not None:
             penalty.add_to_gradients()
         optimizer.step()
-        total += loss.detach()
-        if step % STEPS_BETWEEN_LOSS_CHECKS == 0 or step == steps - 1:
-            _check_finite(total, epoch, config)
-    return total.item() / steps
+        total = total + loss.detach()
+        if step % STEPS_BETWEEN_LOSS_CHECKS == 0 or step == len(rates) - 1:
+            _check_finite(float(total), max(rates))
+    return float(total) / len(rates)
 
 
-def _check_finite(total: Tensor, epoch: int, config: TrainingConfig) -> None:
-    if not torch.isfinite(total):
+def _check_finite(loss: float, rate: float) -> None:
+    if not math.isfinite(loss):
         raise TrainingError(
-            f"the loss is no longer finite in epoch {epoch + 1}; try a smaller --lr than "
-            f"{config.lr:g}, --precision float32, or weights that are trained; "
-            "the checkpoint of the epoch before is whole"
+            f"the loss is no longer finite, at learning rate {rate:.3g}; try a smaller --lr, "
+            "--precision float32, or weights that are trained; the checkpoint of the epoch "
+            "before is whole"
         )
 
 
