@@ -19,7 +19,7 @@ from rmprune.progress import Track, no_progress
 FORMATS = {
     "accuracy": ("accuracy", "{:.2%}"),
     "params": ("params", "{:,}"),
-    "macs": ("MACs", "{:,}"),
+    "macs": ("MMACs", "{:.2f}"),
     "latency_ms": ("latency ms", "{:.2f}"),
     "latency_iqr_ms": ("± IQR", "{:.2f}"),
     "speedup": ("speed-up", "{:.2f}×"),
@@ -134,5 +134,6 @@ def as_text(table: pd.DataFrame) -> str:
     shown = pd.DataFrame()
     for column in table.columns:
         title, form = FORMATS.get(column, (column.replace("_", " "), "{}"))
-        shown[title] = ["–" if pd.isna(value) else form.format(value) for value in table[column]]
+        values = table[column] / 1e6 if column == "macs" else table[column]
+        shown[title] = ["–" if pd.isna(value) else form.format(value) for value in values]
     return shown.to_string(index=False)

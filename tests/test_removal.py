@@ -1,6 +1,7 @@
 """Removal against the unpruned net, and against torch-pruning's own graph."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def bns_of_convs(net):
     children = list(net)
     return [
         follower
-        for layer, follower in zip(children, children[1:], strict=False)
+        for layer, follower in pairwise(children)
         if isinstance(layer, nn.Conv2d) and isinstance(follower, nn.BatchNorm2d)
     ]
 

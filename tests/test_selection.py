@@ -170,7 +170,7 @@ def test_masks_can_be_applied_again():
 
 def test_masks_of_another_model():
     masks = select(slimmable(create_model("resnet20")), 0.5)
-    with pytest.raises(PruningError, match="the masks are of another model: 'layer1.3.bn1'"):
+    with pytest.raises(PruningError, match=r"the masks are of another model: 'layer1\.3\.bn1'"):
         apply_masks(
             slimmable(create_model("resnet20")),
             select(slimmable(create_model("resnet32")), 0.5),
