@@ -257,9 +257,7 @@ def slim(out: Path, resume: bool, **settings: Any) -> None:
     metrics.csv, config.json and the checkpoints.
     """
     config = _config(settings)
-    _claim(out, resume, config)
-    data = _load(config)
-    _hint_at_reach(config, data)
+    data = _begin(out, resume, config)
     sparse = runs.train(out, config, data, progress_bar)
     masked = runs.prune(sparse, config.threshold, out)
     _say_selection(masked)
@@ -277,9 +275,7 @@ def train(out: Path, resume: bool, **settings: Any) -> None:
     A sparsity of 0 is plain training.
     """
     config = _config(settings)
-    _claim(out, resume, config)
-    data = _load(config)
-    _hint_at_reach(config, data)
+    data = _begin(out, resume, config)
     checkpoint = runs.train(out, config, data, progress_bar)
     click.echo(f"test accuracy {_accuracy(checkpoint)}; saved {out / 'sparse.pt'}")
 
@@ -472,11 +468,20 @@ def _shortened(classes: tuple[str, ...]) -> str:
     return ", ".join(classes[:3]) + (", …" if len(classes) > 3 else "")
 
 
-def _claim(out: Path, resume: bool, config: runs.SlimConfig) -> None:
-    """See that a folder holds no other run, or with ``--resume`` the same one."""
+def _begin(out: Path, resume: bool, config: runs.SlimConfig) -> Dataset:
+    """Load the data of a run, once it is clear that the run can begin.
+
+    The folder must hold no other run, and with ``--resume`` may hold the same one.
+    """
     found = runs.read_config(out)
     if found is not None:
         _check_same(found, config, out, resume)
+    runs.pick_device(config.device)
+    if config.weights is None:
+        create_model(config.model)
+    data = _load(config)
+    _hint_at_reach(config, data)
+    return data
 
 
 def _check_same(

@@ -21,8 +21,6 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageOps
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -135,6 +133,10 @@ def load_data(
 
 
 def _load_digits() -> Dataset:
+    # Here, because importing scikit-learn takes a second that other data need not wait for.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     bunch = load_digits()
     grey = torch.from_numpy(bunch.images).float().unsqueeze(1) * (255 / 16)
     images = _resized(grey, DIGITS_SIZE).expand(-1, 3, -1, -1)

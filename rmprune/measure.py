@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from rmprune.data import Dataset, Split, eval_batches
@@ -269,6 +268,9 @@ def _interleaved(
     models: Mapping[str, nn.Module], x: Tensor, threads: int, rounds: int, min_seconds: float
 ) -> dict[str, list[float]]:
     """Milliseconds per pass: one sample per model and round, in the models' order."""
+    # Here, because importing it makes torch look for compilers and log what it does not find.
+    from torch.utils.benchmark import Timer
+
     # Timer synchronises CUDA, sets and restores the threads, and runs at least two passes
     # before each timing, which fills the caches again after another model's turn.
     timers = {

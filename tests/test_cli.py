@@ -1,0 +1,226 @@
+"""What a user types and sees: every command, every error in one line with its status."""
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner
+
+import rmprune
+from rmprune.cli import main
+from rmprune.models import create_model
+from rmprune.store import load
+
+README = Path(__file__).parents[1] / "README.md"
+pytestmark = pytest.mark.filterwarnings("ignore::rmprune.measure.WideSpreadWarning")
+
+
+def call(*words):
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def succeed(*words):
+    result = call(*words)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def fail(status, match, *words):
+    result = call(*words)
+    lines = result.stderr.splitlines()
+    assert result.exit_code == status
+    assert len(lines) == 1
+    assert lines[0].startswith("rmprune: ")
+    assert re.search(match, lines[0]), lines[0]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "resnet20.pt"
+    torch.manual_seed(0)
+    torch.save(create_model("resnet20", num_classes=3).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(image_folder, tmp_path_factory):
+    """A finished run of `rmprune slim`: its folder and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "slim"
+    words = ["--epochs", 1, "--finetune-epochs", 1, "--batch-size", 16, "--lr", 0.05]
+    result = call(
+        "slim", "--data", f"folder:{image_folder}", *words, "--threshold", 0.9, "--out", out
+    )
+    assert result.exit_code == 0, result.stderr
+    return out, result
+
+
+def test_slim_prints_a_table_and_leaves_a_net(run):
+    out, result = run
+    for word in ("accuracy", "params", "MMACs", "latency ms", "speed-up", "plain, pruned"):
+        assert word in result.stdout
+    assert "penalty moves a scale by" in result.stderr  # far too short a training
+    assert (out / "run.png").stat().st_size > 10_000
+    report = pd.read_csv(out / "report.csv").set_index("model")
+    net = load(out / "net.safetensors")
+    assert report.loc["plain, pruned", "params"] == sum(p.numel() for p in net.parameters())
+    assert net.info["classes"] == ["one", "two", "zero"]
+
+
+def test_a_run_is_not_overwritten(run, image_folder):
+    out, _ = run
+    fail(2, "holds a run; --resume goes on", "slim", "--out", out)
+    fail(2, "holds a run; --resume goes on", "train", "--out", out)
+    words = ["--data", f"folder:{image_folder}", "--out", out, "--resume"]
+    fail(2, "other settings: .*--threshold was 0.9", "slim", *words)
+
+
+def test_the_stages_one_by_one(image_folder, tmp_path):
+    data = ["--data", f"folder:{image_folder}"]
+    out = tmp_path / "run"
+    words = [*data, "--epochs", 1, "--batch-size", 16, "--lr", 0.05, "--out", out]
+    assert "test accuracy" in succeed("train", "--sparsity", 0, *words)
+    assert (out / "sparse.pt").exists()
+    for threshold in ("0.9", "0.95"):
+        text = succeed("prune", out, "--threshold", threshold)
+        assert re.search(r"\d+ of 976 channels lie under", text)
+        assert (out / f"threshold-{threshold}" / "pruned.safetensors").exists()
+    masked = out / "threshold-0.9"
+    # --data need not be said again.
+    words = ["--finetune-epochs", 1, "--batch-size", 16]
+    assert "parameters" in succeed("finetune", masked, *words)
+    fail(2, "holds a run; --resume goes on", "finetune", masked, *words)
+    succeed("finetune", masked, *words, "--resume")
+    fail(2, "--batch-size was 16", "finetune", masked, "--resume", "--batch-size", 8)
+    net = masked / "net.safetensors"
+    accuracy = succeed("eval", net)
+    assert re.fullmatch(r"(evaluate\n)?\d+\.\d\d % \(\d+ of \d+ images\)\n", accuracy)
+    assert succeed("eval", masked / "finetuned.pt").splitlines()[-1] == accuracy.splitlines()[-1]
+    succeed("finetune", "--plain", net, *words)
+    assert (masked / "net-finetuned.safetensors").exists()
+    assert "layer1_0_conv1" in succeed("inspect", masked / "net-finetuned.safetensors")
+
+
+def test_inspect(run):
+    out, _ = run
+    text = succeed("inspect", out / "net.safetensors")
+    for word in ("layer", "channels before", "reserved", "params", "MMACs", "linear"):
+        assert word in text
+    value = json.loads(succeed("inspect", "--json", out / "net.safetensors"))
+    assert value["info"]["model"] == "resnet20"
+    assert "layer1_0_conv1" in {row["layer"] for row in value["layers"]}
+    assert "layer1_0_conv1" in succeed("inspect", out / "finetuned.pt")
+
+
+def test_convert(weights, tmp_path):
+    net = tmp_path / "net.safetensors"
+    options = ["--weights", weights, "--num-classes", 3]
+    text = succeed("convert", *options, "--out", net)
+    assert "plain" in text
+    x = torch.randn(2, 3, 32, 32)
+    model = rmprune.create_model("resnet20", num_classes=3, weights=weights).eval()
+    torch.testing.assert_close(load(net)(x), model(x), rtol=0, atol=1e-4)
+    succeed("convert", *options, "--keep-bn", "--downsample", "prelu", "--out", net)
+    assert any(isinstance(layer, torch.nn.BatchNorm2d) for layer in load(net))
+    succeed("convert", "--model", "torchvision:resnet18", "--image-shape", 3, 64, 48, "--out", net)
+
+
+def test_eval_of_a_model(weights, image_folder):
+    data = ["--data", f"folder:{image_folder}"]
+    assert "images)" in succeed("eval", "--weights", weights, *data)
+
+
+def test_eval_of_other_data(run):
+    out, _ = run
+    fail(
+        2,
+        "trained for the classes one, two, zero, but digits has 0, 1, 2, …",
+        "eval",
+        out / "net.safetensors",
+        "--data",
+        "digits",
+    )
+
+
+def test_eval_of_two_networks(run, weights):
+    out, _ = run
+    fail(2, "not both", "eval", out / "net.safetensors", "--weights", weights)
+
+
+WRONG_USE = {
+    "unknown command": (["slimm"], "No such command 'slimm'"),
+    "unknown option": (["slim", "--sparsty", "1"], "--sparsity"),
+    "negative sparsity": (["slim", "--sparsity", "-1"], "--sparsity.*-1"),
+    "sparsity that is no number": (["slim", "--sparsity", "much"], "'much' is not a valid float"),
+    "negative threshold": (["slim", "--threshold", "-0.1"], "--threshold"),
+    "no learning rate": (["slim", "--lr", "0"], "--lr"),
+    "unknown model": (["slim", "--model", "resnet21"], "resnet21.*resnet20"),
+    "unknown torchvision model": (["eval", "--model", "torchvision:resnet19"], "resnet18"),
+    "unknown data": (["slim", "--data", "mnist"], "unknown data 'mnist'; known: digits"),
+    "unknown cost": (["slim", "--cost", "watts"], "'macs', 'uniform'"),
+    "unknown device": (["slim", "--device", "warp"], "device 'warp' cannot be used here"),
+    "weights that are not there": (["slim", "--weights", "no.pt"], "'no.pt' does not exist"),
+    "distilling without weights": (["slim", "--distill"], "--weights"),
+    "net that is not there": (["inspect", "no.safetensors"], "does not exist"),
+    "run that is not there": (["prune", "nothing"], "'nothing' does not exist"),
+    "no file to write": (["convert"], "Missing option '--out'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_USE)
+def test_wrong_use_is_status_2_and_one_line(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words, message = WRONG_USE[case]
+    fail(2, message, *words)
+
+
+def test_failures_are_status_1_and_one_line(image_folder, weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fail(1, "there is no folder nowhere/train", "slim", "--data", "folder:nowhere")
+    fail(1, "cannot load .*is not there|no such file", "prune", tmp_path)
+    data = ["--data", f"folder:{image_folder}"]
+    fail(1, "resnet18", "eval", "--model", "resnet18", "--weights", weights, *data)
+    fail(1, "10", "eval", "--weights", weights)
+    (tmp_path / "net.safetensors").write_bytes(b"\x80\x04K\x01.123456")
+    fail(1, "pickle.*nothing in it was executed", "inspect", "net.safetensors")
+    torch.save({"x": torch.zeros(1)}, "x.pt")
+    fail(1, "not a checkpoint of an rmprune run", "inspect", "x.pt")
+    words = ["train", *data, "--epochs", 3, "--lr", 1e30, "--precision", "float32"]
+    fail(1, "no longer finite", *words, "--sparsity", 1, "--out", "nan")
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    for words in (["--debug", "slim"], ["slim", "--debug"]):
+        result = call(*words, "--data", f"folder:{tmp_path / 'nowhere'}")
+        assert isinstance(result.exception, rmprune.RmpruneError)
+
+
+def commands():
+    return sorted(main.commands)
+
+
+def test_the_commands_are_these():
+    assert commands() == ["convert", "eval", "finetune", "inspect", "prune", "slim", "train"]
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_command_is_documented(name):
+    text = succeed(name, "--help")
+    assert len(text.splitlines()) > 5
+    assert f"rmprune {name}" in README.read_text()
+    for option in main.commands[name].params:
+        if option.param_type_name == "option":
+            assert option.help, f"{name} --{option.name} has no help"
+
+
+def test_help_teaches():
+    text = succeed("--help")
+    for name in commands():
+        assert name in text
+    assert "rmprune slim --sparsity" in text
+
+
+def test_version():
+    assert rmprune.__version__ in succeed("--version")

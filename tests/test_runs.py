@@ -1,0 +1,281 @@
+"""Stages of a run on real digits: what each leaves, resuming, and being killed."""
+
+import copy
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from rmprune import runs, store
+from rmprune.errors import StoreError, TrainingError, UsageError
+from rmprune.measure import evaluate
+from rmprune.models import create_model
+from rmprune.store import load
+
+CONFIG = runs.SlimConfig(
+    epochs=2,
+    finetune_epochs=2,
+    sparsity=0.05,
+    threshold=0.3,
+    batch_size=32,
+    lr=0.05,
+    precision="float32",
+    device="cpu",
+)
+pytestmark = pytest.mark.filterwarnings("ignore::rmprune.measure.WideSpreadWarning")
+
+
+def states_equal(first, second):
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    """A whole run; its folder, and its checkpoints."""
+    folder = tmp_path_factory.mktemp("run")
+    sparse = runs.train(folder, CONFIG, tiny)
+    masked = runs.prune(sparse, CONFIG.threshold, folder)
+    finetuned = runs.finetune(folder, masked, CONFIG, tiny)
+    return folder, sparse, masked, finetuned
+
+
+def test_a_run_leaves_its_files(run, tiny):
+    folder, sparse, _, finetuned = run
+    table = runs.report(folder, sparse, finetuned, tiny)
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "metrics.csv",
+        "sparse.pt",
+        "masked.pt",
+        "pruned.safetensors",
+        "finetuned.pt",
+        "net.safetensors",
+        "report.csv",
+        "run.png",
+    }
+    assert table["model"].tolist()[-1] == "plain, pruned"
+    written = pd.read_csv(folder / "report.csv")
+    assert written["params"].tolist() == table["params"].tolist()
+    assert written["hardware"].notna().all()
+    metrics = pd.read_csv(folder / "metrics.csv")
+    assert metrics[["stage", "epoch"]].to_numpy().tolist() == [
+        ["sparse", 1],
+        ["sparse", 2],
+        ["finetuned", 1],
+        ["finetuned", 2],
+    ]
+
+
+def test_the_net_is_the_finetuned_model_without_residuals(run, tiny):
+    folder, _, _, finetuned = run
+    net, residual = load(folder / "net.safetensors"), finetuned.build()
+    assert not any(list(layer.children()) for layer in net)
+    x = torch.randn(4, *tiny.image_shape)
+    expected = residual(x)
+    torch.testing.assert_close(net(x), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+    task = runs.task_of(net)
+    assert task == runs.Task.of(tiny)
+    found = evaluate(net, tiny.test, mean=task.mean, std=task.std, device="cpu")
+    assert found == evaluate(residual, tiny.test, mean=task.mean, std=task.std, device="cpu")
+
+
+def test_finetuning_holds_the_masks(run):
+    _, _, masked, finetuned = run
+    assert masked.masks.removed > 0
+    slim = finetuned.build()
+    moved = 0
+    for name, mask in masked.masks.keep.items():
+        bn = slim.get_submodule(name)
+        assert not bn.weight[~mask].any()
+        assert not bn.bias[~mask].any()
+        moved += int((bn.weight != masked.build().get_submodule(name).weight).sum())
+    assert moved > 0
+
+
+def test_pruning_again_needs_no_training(run, tmp_path):
+    _, sparse, masked, _ = run
+    again = runs.prune(sparse, CONFIG.threshold, tmp_path)
+    states_equal(again.model, masked.model)
+    sizes = []
+    for threshold in (0.0, 0.5, 0.9):
+        runs.prune(sparse, threshold, tmp_path)
+        sizes.append(sum(p.numel() for p in load(tmp_path / "pruned.safetensors").parameters()))
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[-1]
+
+
+@pytest.mark.parametrize("stage", ["sparse", "finetuned"])
+def test_stopped_runs_go_on_bit_for_bit(stage, run, tiny, tmp_path, monkeypatch):
+    _, sparse, masked, finetuned = run
+
+    class StopError(Exception):
+        pass
+
+    def save_once(self, path):
+        original(self, path)
+        raise StopError
+
+    original = runs.Checkpoint.save
+
+    def go():
+        if stage == "sparse":
+            return runs.train(tmp_path, CONFIG, tiny)
+        return runs.finetune(tmp_path, masked, CONFIG, tiny)
+
+    monkeypatch.setattr(runs.Checkpoint, "save", save_once)
+    with pytest.raises(StopError):
+        go()
+    monkeypatch.setattr(runs.Checkpoint, "save", original)
+    assert runs.Checkpoint.load(tmp_path / f"{stage}.pt").epoch == 1
+
+    resumed = go()
+
+    expected = sparse if stage == "sparse" else finetuned
+    states_equal(resumed.model, expected.model)
+    states_equal(resumed.optimizer, expected.optimizer)
+    assert resumed.history == expected.history
+
+
+def test_a_checkpoint_survives_being_saved(run, tmp_path):
+    for checkpoint in run[1:]:
+        checkpoint.save(tmp_path / "x.pt")
+        loaded = runs.Checkpoint.load(tmp_path / "x.pt")
+        states_equal(loaded.model, checkpoint.model)
+        assert loaded.config == checkpoint.config
+        assert loaded.task == checkpoint.task
+        assert loaded.history == checkpoint.history
+
+
+def command(*words):
+    return [sys.executable, "-m", "rmprune", *map(str, words)]
+
+
+def test_kill_9_loses_at_most_an_epoch(image_folder, tmp_path):
+    words = ["train", "--data", f"folder:{image_folder}", "--epochs", 8, "--batch-size", 8]
+    words += ["--lr", 0.02, "--precision", "float32", "--out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command(*words, tmp_path / "whole"), env=environment, check=True)
+
+    process = subprocess.Popen(command(*words, tmp_path / "killed"), env=environment)
+    metrics = tmp_path / "killed" / "metrics.csv"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = runs.Checkpoint.load(tmp_path / "killed" / "sparse.pt").epoch
+    assert 3 <= done < 8
+    subprocess.run(command(*words, tmp_path / "killed", "--resume"), env=environment, check=True)
+
+    whole, resumed = (
+        runs.Checkpoint.load(tmp_path / name / "sparse.pt") for name in ("whole", "killed")
+    )
+    states_equal(resumed.model, whole.model)
+    states_equal(resumed.optimizer, whole.optimizer)
+    assert resumed.history == whole.history
+    names = [tmp_path / name / "metrics.csv" for name in ("whole", "killed")]
+    assert names[0].read_text() == names[1].read_text()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tiny, tmp_path, monkeypatch):
+    whole = runs.train(tmp_path / "a", dataclasses.replace(CONFIG, epochs=1), tiny)
+    before = (tmp_path / "a" / "sparse.pt").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store.os, "fsync", full)
+    with pytest.raises(StoreError, match=r"no space left to write .*sparse\.pt: the previous"):
+        whole.save(tmp_path / "a" / "sparse.pt")
+    assert (tmp_path / "a" / "sparse.pt").read_bytes() == before
+    assert [p.name for p in (tmp_path / "a").iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
+    with pytest.raises(TrainingError, match="smaller --lr"):
+        runs.train(tmp_path, dataclasses.replace(CONFIG, lr=1e30, epochs=9), tiny)
+
+
+def test_distilling_runs_learn_from_their_weights(tiny, tmp_path):
+    weights = tmp_path / "weights.pt"
+    torch.manual_seed(1)
+    torch.save(create_model("resnet20").state_dict(), weights)
+    config = dataclasses.replace(CONFIG, weights=str(weights), epochs=1, finetune_epochs=1)
+    masked = runs.prune(runs.train(tmp_path, config, tiny), 0.3, tmp_path)
+    losses = [
+        runs.finetune(tmp_path / str(distill), masked, changed, tiny).history[-1]["loss"]
+        for distill in (False, True)
+        for changed in [dataclasses.replace(config, distill=distill)]
+    ]
+    assert losses[0] != losses[1]
+
+
+def test_distilling_needs_weights():
+    with pytest.raises(UsageError, match="--weights"):
+        runs.SlimConfig(distill=True)
+
+
+def test_plain_finetuning_frees_every_weight_and_folds_again(run, tiny, tmp_path):
+    folder, _, _, _ = run
+    source = folder / "net.safetensors"
+    checkpoint = runs.finetune_plain(tmp_path, source, CONFIG, tiny)
+    _, path = runs.plain_paths(tmp_path, source)
+    before, net = load(source), load(path)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in net)
+    assert net.info == before.info
+    assert checkpoint.epoch == 2
+    found, images = evaluate(net, tiny.test, mean=tiny.mean, std=tiny.std, device="cpu")
+    assert found / images == pytest.approx(checkpoint.history[-1]["test_accuracy"])
+    stopped = dataclasses.replace(
+        checkpoint, epoch=2, history=checkpoint.history
+    )  # finished: going on changes nothing
+    again = runs.finetune_plain(tmp_path, source, CONFIG, tiny)
+    states_equal(again.model, stopped.model)
+
+
+def test_no_epochs_keep_the_model(tiny, tmp_path):
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG, epochs=0, finetune_epochs=0)
+    sparse = runs.train(tmp_path, config, tiny)
+    finetuned = runs.finetune(tmp_path, runs.prune(sparse, 0.0, tmp_path), config, tiny)
+    torch.manual_seed(config.seed)
+    original = create_model("resnet20").eval()
+    x = torch.randn(2, *tiny.image_shape)
+    torch.testing.assert_close(finetuned.build()(x), original(x), rtol=0, atol=1e-4)
+    assert load(tmp_path / "net.safetensors")(x).shape == (2, 10)
+
+
+def test_calibration_is_the_same_every_time(tiny):
+    first, second = (runs.calibration_batches(tiny, torch.device("cpu")) for _ in range(2))
+    states_equal(first, second)
+
+
+def test_unusable_device():
+    with pytest.raises(UsageError, match="device 'warp:9' cannot be used here"):
+        runs.pick_device("warp:9")
+
+
+@pytest.mark.parametrize("name", ["sparsity", "threshold"])
+def test_negative_settings(name):
+    with pytest.raises(UsageError, match=f"{name} must not be negative, but it is -1"):
+        runs.SlimConfig(**{name: -1})
+
+
+def test_other_checkpoints_are_refused(tmp_path):
+    store.save_checkpoint(copy.deepcopy(create_model("resnet20").state_dict()), tmp_path / "w.pt")
+    with pytest.raises(StoreError, match=r"not a checkpoint of an rmprune run.*--weights"):
+        runs.Checkpoint.load(tmp_path / "w.pt")
+
+
+def test_config_of_a_folder(tmp_path):
+    assert runs.read_config(tmp_path) is None
+    store.write_json({"epochs": 3, "colour": "red"}, tmp_path / "config.json")
+    with pytest.raises(StoreError, match=r"not the config.json of an rmprune run"):
+        runs.read_config(tmp_path)
