@@ -340,7 +340,13 @@ def finetune(run: Path, plain: bool, out: Path | None, resume: bool, **settings:
 
 @main.command()
 @_options("model", "weights")
-@click.option("--num-classes", type=click.IntRange(min=1), default=10, show_default=True)
+@click.option(
+    "--num-classes",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="Outputs of the model.",
+)
 @click.option(
     "--image-shape",
     type=(int, int, int),
