@@ -66,13 +66,13 @@ def test_selection_follows_the_scales(model, threshold):
 
     masks = select(slim, threshold)
 
-    last_bns = {}
+    follow_others = set()  # a block's last BN, and those of its shortcut
     for block in parse(slim).blocks:
         head = block.shortcut[0].name
         kept = masks.keep[head]
         assert not (kept & (scales[head] < threshold)).any()
         last = [layer.name for layer in block.body if isinstance(layer.module, nn.BatchNorm2d)][-1]
-        last_bns[last] = block
+        follow_others |= {last, *(layer.name for layer in block.shortcut)}
         # An output whose own scale is high enough goes only with its whole block's body.
         own = scales[last] >= threshold
         bodies = [masks.keep[layer.name] for layer in block.body if layer.name in masks.keep]
@@ -81,7 +81,7 @@ def test_selection_follows_the_scales(model, threshold):
         assert masks.keep[last].any()
     for name, mask in masks.keep.items():
         high = scales[name] >= threshold
-        if name not in last_bns and name not in masks.forced and "shortcut" not in name:
+        if name not in follow_others and name not in masks.forced:
             assert not (mask & ~high).any()
 
 
