@@ -203,10 +203,11 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
     ),
     "compile": click.option(
         "--compile",
-        type=click.Choice(["off", "on"]),
+        type=click.Choice(["auto", "off", "on"]),
         default=DEFAULTS.compile,
         show_default=True,
-        help="Compile the training step: faster after about a minute; needs a C++ compiler.",
+        help="Compile the training step: faster after about a minute; auto does so in trainings "
+        "of 3000 steps and more where there is a C++ compiler.",
     ),
     "out": click.option(
         "--out", type=FOLDER, default=Path("runs/slim"), show_default=True, help="Run folder."

@@ -69,7 +69,7 @@ class SlimConfig:
         seed: Of everything random.
         device: ``auto``, ``cpu``, ``cuda``, ….
         precision: ``auto``, ``float32`` or ``bf16``.
-        compile: ``off`` or ``on``.
+        compile: ``auto``, ``off`` or ``on``.
     """
 
     model: str = "resnet20"
@@ -89,7 +89,7 @@ class SlimConfig:
     seed: int = 0
     device: str = "auto"
     precision: Precision = "auto"
-    compile: Compile = "off"
+    compile: Compile = "auto"
 
     def __post_init__(self) -> None:
         for name in ("sparsity", "threshold"):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,8 +26,9 @@ from rmprune.progress import Track, no_progress
 from rmprune.slimming import Penalty
 
 Precision = Literal["auto", "float32", "bf16"]
-Compile = Literal["off", "on"]
+Compile = Literal["auto", "off", "on"]
 STEPS_BETWEEN_LOSS_CHECKS = 50
+STEPS_WORTH_COMPILING = 3000  # compiling takes about a minute, a CPU step about 0.1 s
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class TrainingConfig:
         temperature: Softens both outputs for that share.
         seed: Of data order, augmentation and dropout.
         precision: ``"bf16"`` autocasts; ``"auto"`` does so where the hardware computes it.
-        compile: ``"on"``: `torch.compile` the model for training; needs a C++ compiler.
+        compile: ``"on"``: `torch.compile` the model for training; ``"auto"`` does so in long
+            trainings where there is a C++ compiler.
     """
 
     epochs: int
@@ -57,7 +61,7 @@ class TrainingConfig:
     temperature: float = 4.0
     seed: int = 0
     precision: Precision = "auto"
-    compile: Compile = "off"
+    compile: Compile = "auto"
 
     def __post_init__(self) -> None:
         limits = {"epochs": 0, "batch_size": 1, "lr": 0, "weight_decay": 0, "seed": 0}
@@ -143,6 +147,14 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.SGD:
     )
 
 
+def is_compiled(config: TrainingConfig, steps: int) -> bool:
+    """Whether a training of so many steps goes through `torch.compile`."""
+    if config.compile != "auto":
+        return config.compile == "on"
+    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    return steps >= STEPS_WORTH_COMPILING and any(map(shutil.which, compilers))
+
+
 def distillation_loss(outputs: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """``T² · KL(softmax(targets / T) ‖ softmax(outputs / T))`` (Hinton et al. 2015, section 2).
 
@@ -200,8 +212,9 @@ def fit(
         optimizer.load_state_dict(resume_from["optimizer"])
         first_epoch = resume_from["epoch"]
     dtype = autocast_dtype(config.precision, device)
-    loss_of = _loss_function(model, teacher, config, device, dtype)
     steps = batch_count(data.train, config.batch_size)
+    compiled = is_compiled(config, config.epochs * steps)
+    loss_of = _loss_function(model, teacher, config, device, dtype, compiled)
     results = []
     for epoch in range(first_epoch, config.epochs):
         model.train()
@@ -244,6 +257,7 @@ def _loss_function(
     config: TrainingConfig,
     device: torch.device,
     dtype: torch.dtype | None,
+    compiled: bool,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """What is minimised, of images ``(N, 3, H, W)`` and labels ``(N,)``."""
 
@@ -255,7 +269,7 @@ def _loss_function(
     if teacher is not None:
         teacher = copy.deepcopy(teacher).eval().to(device).to(memory_format=torch.channels_last)
         teach = teacher
-    if config.compile == "on":
+    if compiled:
         forward = torch.compile(model)
         teach = None if teacher is None else torch.compile(teacher)
 

@@ -207,7 +207,10 @@ REFUSALS = {
         lambda: block(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 4, 1)),
         "'2.body.1'.*GroupNorm",
     ),
-    "pre-activation": (lambda: block(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)), "'2.body.0'"),
+    "pre-activation": (
+        lambda: block(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)),
+        "'2.body.0'",
+    ),
     "activated body": (
         lambda: block(nn.Conv2d(4, 4, 1), nn.ReLU()),
         "'2.body.1'.*activation between",

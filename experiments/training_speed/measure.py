@@ -57,8 +57,7 @@ def rmprune_train(slim: nn.Module, penalty: Penalty, data: Dataset, compile_step
 @click.option("--data", "spec", default="digits", show_default=True, help="As in rmprune train.")
 @click.option("--steps", default=40, show_default=True, help="Of each loop in each round.")
 @click.option("--rounds", default=7, show_default=True)
-@click.option("--compile", "compiled", is_flag=True, help="Time --compile on too.")
-def main(spec: str, steps: int, rounds: int, compiled: bool) -> None:
+def main(spec: str, steps: int, rounds: int) -> None:
     data = load_data(spec, image_size=32)
     repeats = -(-steps * BATCH_SIZE // len(data.train.labels))
     count = steps * BATCH_SIZE
@@ -86,10 +85,9 @@ def main(spec: str, steps: int, rounds: int, compiled: bool) -> None:
         "by hand, float32": lambda: hand_written(float32, data, bf16=False, penalise=False),
     }
     ours = slimmable()
-    loops["rmprune train"] = lambda: rmprune_train(*ours, data, "off")
-    if compiled:
-        ours_compiled = slimmable()
-        loops["rmprune train --compile on"] = lambda: rmprune_train(*ours_compiled, data, "on")
+    loops["rmprune train --compile off"] = lambda: rmprune_train(*ours, data, "off")
+    ours_compiled = slimmable()
+    loops["rmprune train --compile on"] = lambda: rmprune_train(*ours_compiled, data, "on")
 
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for turn in range(-1, rounds):  # the first round warms up and compiles
