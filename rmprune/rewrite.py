@@ -182,7 +182,9 @@ def _absorb_diagonals(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn
 def _is_absorbable(conv: nn.Conv2d) -> bool:
     depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.stride == (1, 1)
     pointwise = conv.kernel_size == (1, 1) and bool((conv.weight > 0).all())
-    return depthwise and pointwise and (conv.bias is None or bool((conv.bias <= 0).all()))
+    # What is positive by rounding alone must not keep a layer alive.
+    rounding = 8 * torch.finfo(conv.weight.dtype).eps
+    return depthwise and pointwise and (conv.bias is None or bool((conv.bias <= rounding).all()))
 
 
 def _scaled(conv: nn.Conv2d, diagonal: nn.Conv2d) -> nn.Conv2d:

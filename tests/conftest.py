@@ -5,10 +5,18 @@ from sklearn.datasets import load_digits
 
 from rmprune.data import Augmentation, Dataset, Split
 
-# Deadlines measure the machine, and workers of pytest-xdist share its cores.
-settings.register_profile("rmprune", deadline=None)
+# Deadlines measure the machine, and workers of pytest-xdist share its cores. The usual run is the
+# same every time; `pytest --hypothesis-profile=long` looks for what no run has seen yet.
+settings.register_profile("long", deadline=None)
+settings.register_profile("rmprune", deadline=None, derandomize=True)
 settings.load_profile("rmprune")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Random weights are the same in every run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
