@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+import pandas as pd
 import torch
 
 from rmprune import __version__, reports, runs
 from rmprune.convert import convert as convert_model
 from rmprune.data import Dataset, load_data
 from rmprune.errors import RmpruneError, UsageError
+from rmprune.graph import trace
 from rmprune.measure import evaluate
 from rmprune.models import create_model, model_names
 from rmprune.plain import PlainNet
+from rmprune.plots import plot_conversion
+from rmprune.steps import read
 from rmprune.store import load, save
 from rmprune.training import total_step_size
 
@@ -92,7 +96,7 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
         "--model",
         default=DEFAULTS.model,
         show_default=True,
-        help=f"{', '.join(model_names())}, or torchvision:NAME.",
+        help=f"{', '.join(model_names())}, torchvision:NAME or timm:NAME.",
     ),
     "weights": click.option(
         "--weights",
@@ -340,7 +344,8 @@ def finetune(run: Path, plain: bool, out: Path | None, resume: bool, **settings:
 
 
 @main.command()
-@_options("model", "weights")
+@click.argument("model", metavar="MODEL")
+@_options("weights")
 @click.option(
     "--num-classes",
     type=click.IntRange(min=1),
@@ -363,7 +368,34 @@ def finetune(run: Path, plain: bool, out: Path | None, resume: bool, **settings:
     help="Blocks that change the shape: carry x and merge the shortcut's weights (relu), or "
     "compute the shortcut first and carry it through a PReLU (RMNet, appendix A.1).",
 )
+@click.option(
+    "--carry",
+    type=click.Choice(["auto", "shift", "prelu", "partial"]),
+    default="auto",
+    show_default=True,
+    help="How a tensor that may be negative passes an activation on its way past a block: "
+    "shifted, by a PReLU, or by an activation of part of the channels.",
+)
+@click.option(
+    "--bound",
+    type=click.Choice(["interval", "calibrated"]),
+    default="interval",
+    show_default=True,
+    help="What shifts are made for: every input, or inputs like noise of standard deviation 1.",
+)
+@click.option(
+    "--fuse",
+    type=click.Choice(["auto", "always"]),
+    default="auto",
+    show_default=True,
+    help="Merge 1x1 convolutions that follow each other: where that costs nothing, or always.",
+)
 @click.option("--keep-bn", is_flag=True, help="Keep BNs, for pruning by scale and for training.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw the layers before and after to this file (.png, .svg, .pdf).",
+)
 @click.option(
     "--out", type=click.Path(dir_okay=False, path_type=Path), required=True, help="File to write."
 )
@@ -372,21 +404,28 @@ def convert(
     weights: Path | None,
     num_classes: int,
     image_shape: tuple[int, int, int],
-    downsample: Any,
-    keep_bn: bool,
+    plot: Path | None,
     out: Path,
+    **options: Any,
 ) -> None:
-    """Rewrite a residual model exactly as a plain net and save it.
+    """Rewrite MODEL exactly as a plain net and save it.
 
-    Nothing is trained or removed. The two are compared in float64 before the net is saved.
+    MODEL is one of rmprune's own, torchvision:NAME or timm:NAME. Nothing is trained or
+    removed. The two are compared in float64 before the net is saved.
     """
     residual = create_model(model, num_classes=num_classes, weights=weights).eval()
     example = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
-    net = convert_model(residual, example, downsample=downsample, keep_bn=keep_bn)
-    net.info = {"model": model}
+    net = convert_model(residual, example, **options)
+    net.info["model"] = model
     save(net, out)
+    ways = pd.DataFrame(net.info["carried"])
+    if not ways.empty and (ways["mode"] != "as is").any():
+        click.echo(reports.as_text(ways[ways["mode"] != "as is"]))
     click.echo(reports.as_text(reports.compare({model: residual, "plain": net}, example[:1])))
     click.echo(f"saved {out}")
+    if plot is not None:
+        plot_conversion(read(trace(residual)), net, plot)
+        click.echo(f"drew {plot}")
 
 
 @main.command(name="eval")

@@ -1,38 +1,60 @@
-"""Reserving and merging: residual blocks rewritten, exactly, as plain layers.
+"""Reserving and merging: a residual network rewritten, exactly, as a list of plain layers.
 
-A block ``y = F(x) + S(x)`` with ``F = conv2 · relu · conv1`` becomes (RMNet, arXiv
-2111.00687, section 3.2)
+A small compiler (after RMNet, arXiv 2111.00687, section 3). It walks over the network's steps
+and keeps, for every tensor that a later step needs, a `Value`: how it follows linearly from
+the *state*, the output of the plain layer written last. Whatever is linear only makes new
+values. What is not makes the compiler write a convolution, whose output channels are
 
-    conv1' = [conv1; Dirac]      reserve: x is copied behind F's own channels,
-    relu                         the identity on x, which is not negative,
-    conv2' = [conv2 | S]         merge: S is added from the copies at the centre tap.
+    own        the tensor that the activation reads, all linear steps merged into the kernels,
+    reserved   copies (Dirac kernels) of what is needed later,
 
-A BN stands behind every convolution. Its ``|γ|`` is the scale of the BN that the channel
-came from and its β is what remains of the channel without it, so that channels can be
-selected in the plain net as in the residual one: own channels keep their BN, a reserved
-channel has the shortcut BN's scale, an output the larger of its two BNs' scales.
+and then the activation, which must pass the reserved channels: see `rmprune.carrying`. So a
+block ``y = F(x) + S(x)`` turns plain: its first convolution reserves x, and its last one adds
+S(x) from the reserved channels at the centre tap.
+
+The layers run on the example input, in float64, as they are written, and in the end the
+output is compared with the network's own.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from rmprune.carrying import Bound, Carrier, Carry, Interval, Way, carrying_activation
 from rmprune.errors import ConversionError
-from rmprune.graph import Block, Chain, Layer, is_identity, parse, trace
-from rmprune.norms import Norm, at_centre, fold_shortcut, norm_of, norm_of_bn, normalised
+from rmprune.graph import GlobalMean, PadChannels, Subsample, trace
+from rmprune.layout import Downsample, Layout, weights_with_and_without_merging
+from rmprune.linear import Geometry, Rows, Value, add, concatenate, sorted_unique
+from rmprune.norms import norm_of_bn
 from rmprune.plain import PlainNet, Width
-from rmprune.rewrite import fold_bn
+from rmprune.rewrite import calibrate_bn
+from rmprune.steps import (
+    Addition,
+    Concatenation,
+    Gate,
+    Scaling,
+    Slice,
+    Step,
+    Steps,
+    Unknown,
+    read,
+)
 
-Downsample = Literal["relu", "prelu"]
+Fuse = Literal["auto", "always"]
 
 TOLERANCE = 1e-9
+ACTIVATIONS = (
+    *(nn.ReLU, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.Hardswish, nn.SiLU, nn.GELU, nn.Mish),
+    *(nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.ELU, nn.Softplus),
+)
+BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
 
 def convert(
@@ -40,23 +62,40 @@ def convert(
     example_input: Tensor,
     *,
     downsample: Downsample = "relu",
+    carry: Carry = "auto",
+    bound: Bound = "interval",
+    fuse: Fuse = "auto",
     keep_bn: bool = True,
+    calibration_batches: Iterable[Tensor] = (),
 ) -> PlainNet:
     """Rewrite a residual network as an equal plain net.
 
     Args:
-        model: In evaluation mode; left as it is. Any network that `rmprune.graph.parse`
-            reads, with blocks of one or two convolutions.
+        model: In evaluation mode; left as it is. Any network that `torch.fx` can trace and
+            whose residual paths are made of convolutions, BNs, activations, squeeze and
+            excitation, average pooling, concatenations and additions.
         example_input: ``(N, C, H, W)``; the two nets are compared on it in float64.
         downsample: How a block whose shortcut changes the tensor is rewritten (RMNet,
             appendix A.1): ``"relu"`` carries x and puts the shortcut's weights into the
             merge (81·C² weights for C → 2C); ``"prelu"`` computes the shortcut first and
-            carries its result through a PReLU (108·C² + 4·C).
+            carries its result (108·C² + 4·C).
+        carry: How reserved channels that may be negative pass an activation, see
+            `rmprune.carrying`; ``"auto"`` takes the first way that applies.
+        bound: Where the bounds for shifting come from: ``"interval"`` arithmetic, which is
+            always right, or ``"calibrated"``: twice what the example input shows.
+        fuse: Whether a 1×1 convolution is merged with a linear layer before it: where that
+            lowers the MACs, or ``"always"``.
         keep_bn: Keep a BN behind every convolution, for selecting channels by their scales
             and for training; otherwise fold them.
+        calibration_batches: Normalised images, ``(N, C, H, W)`` each, for the statistics of
+            the BNs that are kept. Without them a BN of the network keeps its own, and the
+            BN of a channel that comes from none has mean 0 and variance 1: right as it
+            stands, but training begins with a jump.
 
     Returns:
         A `PlainNet` of leaf modules on the model's device, in its dtype and evaluation mode.
+        Its ``info`` tells how every activation's reserved channels are ``carried``, and the
+        ``float64_difference`` of the outputs, relative to their magnitude.
 
     Raises:
         ConversionError: The model is in training mode, has no residual block, or has a part
@@ -66,287 +105,452 @@ def convert(
         raise ConversionError(
             type(model).__name__, "the model is in training mode", "call model.eval() first"
         )
-    chain = parse(trace(model).double())
-    if not chain.blocks:
-        raise ConversionError(type(model).__name__, "the network has no residual block")
-    plain = _build(chain, tuple(example_input.shape[1:]), downsample)
-    _verify(chain.graph_module, plain, example_input.double())
-    dtype = next(model.parameters()).dtype
-    return (plain if keep_bn else fold_bn(plain)).to(dtype)
+    with torch.no_grad():
+        # The copy in float64 is gone before the plain net comes: memory is what large nets lack.
+        expected = trace(model).double()(example_input.double().clone())
+        steps = read(trace(model, copied=False))
+        if not any(isinstance(step.op, Addition) for step in steps.steps):
+            raise ConversionError(type(model).__name__, "the network has no residual block")
+        carrier = Carrier(carry, bound)
+        dtype = next(model.parameters()).dtype
+        compiler = _Compiler(
+            steps, example_input.double(), carrier, downsample, fuse, keep_bn, dtype
+        )
+        plain = compiler.run()
+        plain.info["float64_difference"] = _verify(expected, compiler.state)
+    batches = list(calibration_batches)
+    return calibrate_bn(plain, batches) if keep_bn and batches else plain
 
 
-def channel_guards(chain: Chain) -> dict[str, tuple[str, ...]]:
-    """The BNs whose scales decide over the output channels of every plain convolution.
-
-    Returns:
-        Path of a convolution in the residual model to paths of BNs: its own, and for the
-        first convolution of a block the shortcut BN, for the last one the shortcut's own BN.
-    """
-    guards: dict[str, tuple[str, ...]] = {}
-    for item in chain.items:
-        if isinstance(item, Block):
-            units = split_units(item.body)
-            for unit in units:
-                guards[unit.conv.name] = tuple(bn.name for bn in (unit.bn,) if bn is not None)
-            bns = [bn.name for bn in item.shortcut if isinstance(bn.module, nn.BatchNorm2d)]
-            reserved = bns[:1] if _starts_with_bn(item) else []
-            guards[units[0].conv.name] += tuple(reserved)
-            guards[units[-1].conv.name] += tuple(bns[len(reserved) :])
-        elif isinstance(item.module, nn.Conv2d):
-            last_conv = item.name
-            guards[last_conv] = ()
-        elif isinstance(item.module, nn.BatchNorm2d) and guards.get(last_conv) == ():
-            guards[last_conv] = (item.name,)
-    return guards
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A convolution with what follows it in a block's body."""
-
-    conv: Layer
-    bn: Layer | None
-    activation: Layer | None
-
-    @property
-    def kernel(self) -> nn.Conv2d:
-        """The convolution itself."""
-        assert isinstance(self.conv.module, nn.Conv2d)
-        return self.conv.module
-
-    @property
-    def norm(self) -> Norm:
-        """What follows the convolution's weights: bias and BN."""
-        bn = None if self.bn is None else self.bn.module
-        assert bn is None or isinstance(bn, nn.BatchNorm2d)
-        return norm_of(bn, self.kernel)
-
-
-def split_units(body: Sequence[Layer]) -> list[Unit]:
-    """Split a block's body into convolutions, each with its BN and activation.
+def _verify(expected: Tensor, found: Tensor) -> float:
+    """The largest difference of two outputs, relative to the largest value.
 
     Raises:
-        ConversionError: The body is not conv(-BN)(-activation)-…-conv(-BN).
+        ConversionError: They differ by more than 1e-9.
     """
-    units: list[Unit] = []
-    for layer in body:
-        last = units[-1] if units else None
-        match layer.module:
-            case module if is_identity(module):
-                continue
-            case nn.Conv2d():
-                units.append(Unit(layer, None, None))
-            case nn.BatchNorm2d() if last and last.bn is None and last.activation is None:
-                units[-1] = Unit(last.conv, layer, None)
-            case nn.ReLU() | nn.LeakyReLU() | nn.PReLU() if last and last.activation is None:
-                units[-1] = Unit(last.conv, last.bn, layer)
-            case module:
-                raise ConversionError(
-                    layer.name,
-                    f"{type(module).__name__} at this place of a block is not supported",
-                    "blocks are conv, BN, activation, …, conv, BN, then the addition",
+    if expected.shape != found.shape:
+        raise ConversionError(
+            "output", f"the plain net's output is {tuple(found.shape)}, not {tuple(expected.shape)}"
+        )
+    difference = ((expected - found).abs().max() / expected.abs().max()).item()
+    if not difference <= TOLERANCE:
+        raise ConversionError(
+            "output",
+            f"the plain net differs from the residual one by {difference:.1e} of the output's "
+            "magnitude in float64",
+        )
+    return difference
+
+
+class _Compiler:
+    """Writes the plain layers; what it knows of the network is in `values` and `state`."""
+
+    def __init__(
+        self,
+        steps: Steps,
+        example: Tensor,
+        carrier: Carrier,
+        downsample: Downsample,
+        fuse: Fuse,
+        keep_bn: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        self.steps = steps
+        self.carrier = carrier
+        self.downsample = downsample
+        self.fuse = fuse
+        self.keep_bn = keep_bn
+        self.dtype = dtype
+        self.state = example.clone()  # a layer in place must not change the example
+        self.interval = Interval.unknown(example.shape[1], example)
+        self.layers: OrderedDict[str, nn.Module] = OrderedDict()
+        self.widths: dict[str, Width] = {}
+        self.written = 0
+        self.input_shape = example.shape[1:]
+        self.values = {steps.source: self._value_of_state()}
+        self.readers: dict[fx.Node, int] = {}
+        for step in steps.steps:
+            for node in step.inputs:
+                self.readers[node] = self.readers.get(node, 0) + 1
+        self.readers[steps.result] = self.readers.get(steps.result, 0) + 1
+
+    def run(self) -> PlainNet:
+        """Compile all steps: whatever is linear first, for then a layer that must be written
+        knows everything that is needed of the state that it replaces."""
+        waiting = list(self.steps.steps)
+        while waiting:
+            step = self._next_linear(waiting) or self._next_other(waiting)
+            waiting.remove(step)
+        self._as_only_state(self.steps.result, "output")
+        channels, height, width = self.input_shape
+        net = PlainNet(self.layers, (channels, height, width), self.widths)
+        net.info["carried"] = self.carrier.log
+        return net.eval()
+
+    def _next_linear(self, waiting: Sequence[Step]) -> Step | None:
+        for step in waiting:
+            if self._ready(step):
+                value = self._linear(step)
+                if value is not None:
+                    self._finish(step, value)
+                    return step
+        return None
+
+    def _next_other(self, waiting: Sequence[Step]) -> Step:
+        """Write the layers of the first step that can be done."""
+        refusals = []
+        for step in waiting:
+            if self._ready(step):
+                try:
+                    self._do(step)
+                except ConversionError as refusal:
+                    # Another branch may have to go first, while the state has its resolution.
+                    refusals.append(refusal)
+                else:
+                    return step
+        raise refusals[0]
+
+    def _do(self, step: Step) -> None:
+        if isinstance(step.op, Unknown):
+            raise ConversionError(step.name, step.op.reason, step.op.advice)
+        if isinstance(step.op, ACTIVATIONS) and self.state.ndim == 4:
+            self._activate(step, step.op)
+        elif isinstance(step.op, Gate):
+            self._gate(step, step.op)
+        elif self.state.ndim == 4 and isinstance(step.op, nn.Conv2d | nn.AvgPool2d):
+            self._write_value(step.inputs[0])
+            value = self._linear(step)
+            if value is None:
+                raise ConversionError(step.name, f"{type(step.op).__name__} cannot be merged")
+            self._finish(step, value)
+        else:
+            self._opaque(step)
+
+    def _ready(self, step: Step) -> bool:
+        return all(node in self.values for node in step.inputs)
+
+    def _finish(self, step: Step, value: Value) -> None:
+        """Enter a step's result; forget tensors that nobody reads any more."""
+        for node in step.inputs:
+            self._release(node)
+        self.values[step.node] = value
+
+    def _release(self, node: fx.Node) -> None:
+        self.readers[node] -= 1
+        if self.readers[node] == 0:
+            del self.values[node]
+
+    # What is linear.
+
+    def _linear(self, step: Step) -> Value | None:
+        """The result of a linear step, or None if a layer must be written first."""
+        if self.state.ndim != 4:
+            return None
+        values = [self.values[node] for node in step.inputs]
+        match step.op:
+            case Addition():
+                self._check_alike(step, values)
+                return add(values)
+            case Concatenation():
+                return concatenate(values)
+            case Slice():
+                indices = step.op.indices(values[0].channels)
+                return values[0].select(
+                    torch.tensor(indices, dtype=torch.long, device=self.state.device)
                 )
-    if units[-1].activation is not None:
-        raise ConversionError(
-            units[-1].activation.name, "an activation between a block's last layer and its addition"
-        )
-    return units
+            case Scaling(factor, offset):
+                zero = torch.zeros_like(values[0].bias)
+                return values[0].scaled(zero + factor.double(), zero + offset.double())
+            case nn.Conv2d():
+                return self._convolution(step, step.op, values[0])
+            case bn if isinstance(bn, BATCH_NORMS):
+                if bn.running_mean is None:
+                    raise ConversionError(
+                        step.name, "the BN keeps no running statistics", "use track_running_stats"
+                    )
+                return values[0].normed(norm_of_bn(copy.deepcopy(bn).double()), step.name)
+            case Subsample():
+                return values[0].pooled(Geometry(stride=(step.op.stride, step.op.stride)))
+            case PadChannels():
+                front, back, here = step.op.front, step.op.back, values[0].channels
+                outside = torch.full((front + here + back,), -1, device=self.state.device)
+                outside[front : front + here] = torch.arange(here)
+                return values[0].select(outside)
+            case nn.AvgPool2d():
+                return self._average(step.op, values[0])
+            case _:
+                return None
 
-
-def _starts_with_bn(block: Block) -> bool:
-    return bool(block.shortcut) and isinstance(block.shortcut[0].module, nn.BatchNorm2d)
-
-
-def _build(chain: Chain, input_shape: tuple[int, ...], downsample: Downsample) -> PlainNet:
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    widths: dict[str, Width] = {}
-
-    def emit(name: str, module: nn.Module, width: Width | None = None) -> None:
-        name = name.replace(".", "_")
-        while name in layers:
-            name += "_"
-        # A copy, since a model may call one module twice (torchvision's relu), and a list
-        # must not hold it twice: named_children() passes over repetitions.
-        layers[name] = copy.deepcopy(module)
-        if width is not None:
-            widths[name] = width
-
-    for item in chain.items:
-        if isinstance(item, Block):
-            for name, module, width in _convert_block(item, downsample):
-                emit(name, module, width)
-        elif isinstance(item.module, nn.Conv2d):
-            emit(item.name, item.module, Width(item.module.out_channels))
-        elif isinstance(item.module, nn.BatchNorm2d):
-            emit(item.name, norm_of_bn(item.module).as_module())
-        elif not is_identity(item.module):
-            if any(True for _ in item.module.children()):
-                raise ConversionError(item.name, f"{type(item.module).__name__} is not a layer")
-            emit(item.name, item.module)
-    channels, height, width_ = input_shape
-    return PlainNet(layers, (channels, height, width_), widths).eval()
-
-
-def _convert_block(
-    block: Block, downsample: Downsample
-) -> list[tuple[str, nn.Module, Width | None]]:
-    """The plain layers of one block: (name, module, width of a convolution)."""
-    units = split_units(block.body)
-    _check(block, units)
-    first, last = units[0], units[-1]
-    like = first.kernel.weight
-    shortcut = [layer.module for layer in block.shortcut]
-    channels = first.kernel.in_channels
-    whole = fold_shortcut(shortcut, channels, like)
-    strides = [unit.kernel.stride[0] for unit in units]
-    if whole.stride != torch.tensor(strides).prod():
-        raise ConversionError(
-            block.add.name, f"the block strides by {strides}, its shortcut by {whole.stride}"
-        )
-
-    norm = last.norm
-    rows = norm.slope[:, None, None, None] * last.kernel.weight.detach()
-    scale = torch.maximum(norm.gamma.abs(), whole.scale)
-    rest = norm.beta + whole.rest
-    if len(units) == 1:
-        weight = rows + at_centre(whole.weight, last.kernel.kernel_size[0])
-        merged, merged_norm = normalised(weight, norm.offset + whole.bias, scale, rest)
-        return _conv_bn(last, merged, merged_norm, Width(len(scale)), last.kernel.stride)
-
-    if downsample == "prelu" and _changes_tensor(block):
-        carried, offset = whole, norm.offset
-        columns = torch.eye(len(whole.bias), dtype=like.dtype, device=like.device)
-    else:
-        # Carry |a|·x of the shortcut BN a·x + c: it is as non-negative as x, and its BN has
-        # the shortcut BN's own |γ|.
-        head = 1 if _starts_with_bn(block) else 0
-        entry = fold_shortcut(shortcut[:head], channels, like)
-        slope = entry.weight.diagonal()
-        mean = slope.abs() * _mean_of(shortcut[:head], slope)
-        carried = entry._replace(
-            weight=torch.diag(slope.abs()), bias=torch.zeros_like(slope), rest=mean
-        )
-        remainder = fold_shortcut(shortcut[head:], channels, like)
-        columns = remainder.weight * slope.sign()
-        offset = norm.offset + remainder.weight @ entry.bias + remainder.bias
-
-    kernel_size = first.kernel.kernel_size[0]
-    dirac, dirac_norm = normalised(
-        at_centre(carried.weight, kernel_size), carried.bias, carried.scale, carried.rest
-    )
-    own = first.kernel.weight.detach()
-    reserving = torch.cat([own, dirac])
-    merging = torch.cat([rows, at_centre(columns, last.kernel.kernel_size[0])], dim=1)
-    merged, merged_norm = normalised(merging, offset, scale, rest)
-    signed = not block.non_negative or carried is whole
-    activation = _carrying_activation(first, len(own), len(dirac), signed)
-    return [
-        *_conv_bn(
-            first,
-            reserving,
-            first.norm.cat(dirac_norm),
-            Width(len(own), len(dirac)),
-            first.kernel.stride,
-        ),
-        *activation,
-        *_conv_bn(last, merged, merged_norm, Width(len(merged)), last.kernel.stride),
-    ]
-
-
-def _check(block: Block, units: Sequence[Unit]) -> None:
-    """Refuse a block that would not convert exactly or not at a sensible cost."""
-    if len(units) > 2:
-        raise ConversionError(
-            block.add.name, f"a block of {len(units)} convolutions; one and two are supported"
-        )
-    for unit in units:
-        conv = unit.kernel
-        size = conv.kernel_size[0]
-        same = conv.dilation[0] * (size - 1) // 2
-        if conv.groups != 1 or conv.padding_mode != "zeros" or conv.transposed:
-            raise ConversionError(unit.conv.name, "grouped or otherwise special convolution")
-        if size % 2 == 0 or conv.padding not in ((same, same), "same"):
+    def _check_alike(self, step: Step, values: Sequence[Value]) -> None:
+        shapes = {(value.channels, *self._size(step, value)) for value in values}
+        if len(shapes) > 1:
             raise ConversionError(
-                unit.conv.name,
-                f"kernel {conv.kernel_size} with padding {conv.padding} does not copy its input",
+                step.name,
+                f"it adds tensors of shapes {' and '.join(map(str, sorted(shapes)))}",
+                "a shortcut must keep the shape of its block",
+            )
+
+    def _size(self, step: Step, value: Value) -> tuple[int, int]:
+        """Height and width of a value."""
+        sizes = {path.geometry.output_size(self._state_size()) for path in value.paths}
+        if len(sizes) > 1:
+            raise ConversionError(
+                step.name,
+                f"paths of different sizes meet there: {sorted(sizes)}",
                 "kernels must be odd and the padding (k - 1) / 2",
             )
-        if len({*conv.kernel_size}) + len({*conv.stride}) + len({*conv.dilation}) != 3:
-            raise ConversionError(unit.conv.name, "kernel, stride or dilation is not square")
-    if any(norm_stats_missing(layer.module) for layer in (*block.body, *block.shortcut)):
-        raise ConversionError(block.add.name, "a BN of the block keeps no running statistics")
+        return next(iter(sizes))
+
+    def _state_size(self) -> tuple[int, int]:
+        return self.state.shape[2], self.state.shape[3]
+
+    def _convolution(self, step: Step, conv: nn.Conv2d, value: Value) -> Value | None:
+        if conv.padding_mode != "zeros" and conv.padding not in ((0, 0), "valid"):
+            raise ConversionError(step.name, f"{conv.padding_mode!r} padding", "pad with zeros")
+        geometry = _geometry(step, conv)
+        rows = Rows.of_conv(conv.weight.detach().double(), conv.groups, geometry)
+        again = self.readers[step.inputs[0]] > 1
+        if not self._pays(rows, value, again):
+            return None
+        bias = None if conv.bias is None else conv.bias.detach().double()
+        return value.convolved(rows, bias, step.name)
+
+    def _pays(self, rows: Rows, value: Value, again: bool) -> bool:
+        """Whether a convolution should be merged with what is pending before it.
+
+        Compares MACs with those of a layer written in between; ``again`` tells that the
+        tensor between them is needed later too.
+        """
+        if len(value.paths) == 1 and value.paths[0].rows.reads_one:
+            return True
+        geometry = rows.geometry
+        pending = max((path.geometry for path in value.paths), key=lambda g: g.taps)
+        if geometry.taps > 1 and pending.taps > 1:
+            return False
+        if self.fuse == "always" and geometry.taps == pending.taps == 1:
+            return True
+        besides = {node: other for node, other in self.values.items() if other is not value}
+        merged, apart = weights_with_and_without_merging(
+            value, rows, again, self._read(besides), self.state.shape[1]
+        )
+        return merged <= apart
+
+    def _average(self, pool: nn.AvgPool2d, value: Value) -> Value | None:
+        """Average pooling as a convolution with equal weights, where it is one."""
+        geometry = Geometry(_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding))
+        if pool.divisor_override or (geometry.pads and not pool.count_include_pad):
+            return None
+        sizes = {path.geometry.output_size(self._state_size()) for path in value.paths}
+        if len(sizes) != 1:
+            return None
+        size = next(iter(sizes))
+        if pool.ceil_mode and any(
+            (n + 2 * p - k) % s
+            for n, p, k, s in zip(
+                size, geometry.padding, geometry.kernel, geometry.stride, strict=True
+            )
+        ):
+            return None
+        return value.pooled(geometry)
+
+    # What needs a layer.
+
+    def _value_of_state(self) -> Value:
+        channels = torch.arange(self.state.shape[1], device=self.state.device)
+        return Value.of_state(channels, self.state, self.written)
+
+    def _emit(self, name: str, module: nn.Module) -> str:
+        """Write a layer in the network's dtype, once it has run in float64."""
+        name = name.replace(".", "_")
+        while name in self.layers:
+            name += "_"
+        self.state = module.eval()(self.state)
+        self.layers[name] = module.to(self.dtype)
+        return name
+
+    def _others(self, node: fx.Node) -> dict[fx.Node, Value]:
+        """The tensors that are needed besides one reading of a node."""
+        return {
+            other: value
+            for other, value in self.values.items()
+            if other is not node or self.readers[node] > 1
+        }
+
+    def _as_only_state(self, node: fx.Node, name: str) -> None:
+        """Write what is needed for the state to be a tensor and nothing else."""
+        others = self._others(node)
+        if others:
+            raise ConversionError(
+                name,
+                f"it acts on a whole tensor while {next(iter(others)).name!r} is needed later",
+                "only convolutions, activations and gates can stand inside a residual block",
+            )
+        if self.state.ndim != 4:
+            return
+        selected = self.values[node].selected()
+        everything = torch.arange(self.state.shape[1], device=self.state.device)
+        if selected is None or not torch.equal(selected, everything):
+            self._write_value(node, alone=True)
+
+    def _opaque(self, step: Step) -> None:
+        """A layer that reads the whole state."""
+        if not isinstance(step.op, nn.Module) or len(step.inputs) != 1:
+            raise ConversionError(step.name, f"{type(step.op).__name__} is not supported there")
+        if any(True for _ in step.op.children()):
+            raise ConversionError(step.name, f"{type(step.op).__name__} is not a single layer")
+        self._as_only_state(step.inputs[0], step.name)
+        if isinstance(step.op, GlobalMean):
+            self._emit(step.name, nn.AdaptiveAvgPool2d(1))
+            self._emit(f"{step.name}_flatten", nn.Flatten())
+        else:
+            self._emit(step.name, copy.deepcopy(step.op).double())
+        if not isinstance(step.op, nn.MaxPool2d | nn.AvgPool2d | nn.AdaptiveAvgPool2d):
+            self.interval = Interval.unknown(self.state.shape[1], self.state)
+        self._finish(step, self._value_of_state())
+
+    def _gate(self, step: Step, gate: Gate) -> None:
+        """A squeeze-and-excitation gate that is exactly 1 for all other channels."""
+        if self.values[step.inputs[0]].selected() is None or self._is_read_elsewhere(step):
+            self._write_value(step.inputs[0])
+        channels = self.values[step.inputs[0]].selected()
+        assert channels is not None
+        wide = gate.layer(len(channels)).widened(channels, self.state.shape[1])
+        self._emit(step.name, wide)
+        gated = self.interval.select(channels).with_zero()
+        self.interval = self.interval.replaced(channels, gated)
+        self._finish(step, Value.of_state(channels, self.state, self.written))
+
+    def _is_read_elsewhere(self, step: Step) -> bool:
+        """Whether other tensors read the channels that a step would change in place."""
+        channels = self.values[step.inputs[0]].selected()
+        if channels is None:
+            return False
+        others = self._others(step.inputs[0])
+        return any(bool(torch.isin(channels, value.read()).any()) for value in others.values())
+
+    def _activate(self, step: Step, activation: nn.Module) -> None:
+        """An activation of one tensor, past which all others are carried."""
+        activation = copy.deepcopy(activation).double()
+        if hasattr(activation, "inplace"):
+            setattr(activation, "inplace", False)  # noqa: B010
+        node = step.inputs[0]
+        channels = self.values[node].selected()
+        way: Way | None = None
+        if channels is not None and not self._is_read_elsewhere(step):
+            reserved = self._read(self._others(node))
+            way = self.carrier.in_place(step.name, activation, self.interval.select(reserved))
+        if channels is None or way is None:
+            channels, way = self._write(node, step, activation)
+        acts = torch.zeros(self.state.shape[1], dtype=torch.bool, device=self.state.device)
+        acts[channels] = True
+        slopes_each = isinstance(activation, nn.PReLU) and activation.num_parameters > 1
+        mode = "prelu" if slopes_each or way is None else way.mode
+        self._emit(step.name, carrying_activation(activation, acts, mode, self.state))
+        activated = self.interval.select(channels).activated(activation)
+        self.interval = self.interval.replaced(channels, activated)
+        self._finish(step, Value.of_state(channels, self.state, self.written))
+
+    def _read(self, values: dict[fx.Node, Value]) -> Tensor:
+        """The state's channels that some values read."""
+        none = torch.zeros(0, dtype=torch.long, device=self.state.device)
+        return sorted_unique(torch.cat([none, *(value.read() for value in values.values())]))
+
+    def _write_value(self, node: fx.Node, alone: bool = False) -> None:
+        """Write a convolution behind which a tensor is a selection of the state's channels, or
+        the state itself."""
+        channels, _ = self._write(node, alone=alone)
+        self.values[node] = Value.of_state(channels, self.state, self.written)
+
+    def _write(
+        self,
+        node: fx.Node,
+        step: Step | None = None,
+        activation: nn.Module | None = None,
+        alone: bool = False,
+    ) -> tuple[Tensor, Way | None]:
+        """Write a convolution and its BN.
+
+        Args:
+            node: The tensor to compute; all others that are needed are reserved.
+            step: The activation's step, if one comes next.
+            activation: It itself.
+            alone: Whether the new state shall hold the tensor's channels in order and no others.
+
+        Returns:
+            The tensor's channels in the new state, and how the others are to be carried.
+        """
+        target = self.values[node]
+        others = self._others(node)
+        name = target.conv or node.name
+        follower = self._follower(node) if others else None
+        layout = Layout(name, target, others, self.state, self.downsample, follower)
+        conv, norm, places = layout.layer(alone)
+        interval = self.interval.convolved(conv).normed(norm)
+        own = places[: target.channels]
+        reserved = places[target.channels :]
+        way = None
+        factor, shift = torch.ones_like(norm.gamma), torch.zeros_like(norm.gamma)
+        if step is not None and activation is not None:
+            seen = norm.as_module()(conv(self.state))[:, reserved]
+            way = self.carrier.choose(
+                step.name, activation, interval.select(reserved), seen, layout.can_shift()
+            )
+            factor[reserved], shift[reserved] = way.factor, way.shift
+            norm = norm._replace(gamma=factor * norm.gamma, beta=factor * norm.beta + shift)
+        if self.keep_bn:
+            name = self._emit(name, conv)
+            self._emit(target.bn or f"{name}_bn", norm.as_module())
+        else:
+            name = self._emit(name, fuse_conv_bn_eval(conv.eval(), norm.as_module()))
+        alternating = target.channels > 1 and bool(own[1] > 1) and conv.groups == 1
+        carried = conv.out_channels - target.channels
+        self.widths[name] = Width(target.channels, carried, alternating)
+        self.written += 1
+        self.interval = interval.affine(factor, shift)
+        self.values.update(layout.values(places, factor, shift, self.written))
+        return own, way
+
+    def _follower(self, node: fx.Node) -> nn.Conv2d | Addition | None:
+        """What reads a tensor next, behind activations and gates: an addition, or a convolution
+        that is not followed by one and so has to reserve channels itself."""
+        step = self._reader(node)
+        while step is not None and isinstance(step.op, (Gate, *ACTIVATIONS)):
+            step = self._reader(step.node)
+        if step is None or not isinstance(step.op, nn.Conv2d):
+            return step.op if step is not None and isinstance(step.op, Addition) else None
+        behind = self._reader(step.node)
+        while behind is not None and isinstance(behind.op, BATCH_NORMS):
+            behind = self._reader(behind.node)
+        is_merge = behind is None or isinstance(behind.op, Addition)
+        return None if is_merge else step.op
+
+    def _reader(self, node: fx.Node) -> Step | None:
+        """The one step that reads a node."""
+        readers = [step for step in self.steps.steps if node in step.inputs]
+        return readers[0] if len(readers) == 1 else None
 
 
-def norm_stats_missing(module: nn.Module) -> bool:
-    """Whether a BN normalises by the batch even in evaluation mode."""
-    return isinstance(module, nn.BatchNorm2d) and module.running_mean is None
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _changes_tensor(block: Block) -> bool:
-    return any(not isinstance(layer.module, nn.BatchNorm2d) for layer in block.shortcut)
-
-
-def _mean_of(head: Sequence[nn.Module], like: Tensor) -> Tensor:
-    """The running mean of a shortcut BN; zeros where there is none."""
-    if head and isinstance(head[0], nn.BatchNorm2d):
-        return norm_of_bn(head[0]).mean
-    return torch.zeros_like(like)
-
-
-def _carrying_activation(
-    unit: Unit, own: int, reserved: int, signed: bool
-) -> list[tuple[str, nn.Module, None]]:
-    """An activation that acts on the own channels and passes the reserved ones."""
-    if unit.activation is None:
-        return []
-    module = unit.activation.module
-    if not signed and not isinstance(module, nn.PReLU):
-        return [(unit.activation.name, module, None)]
-    ones = unit.kernel.weight.new_ones(own + reserved)
-    match module:
-        case nn.ReLU():
-            ones[:own] = 0
-        case nn.LeakyReLU():
-            ones[:own] = module.negative_slope
-        case nn.PReLU():
-            ones[:own] = module.weight.detach()
-    prelu = nn.PReLU(len(ones), device=ones.device, dtype=ones.dtype)
-    prelu.weight = nn.Parameter(ones)
-    return [(unit.activation.name, prelu, None)]
-
-
-def _conv_bn(
-    unit: Unit, weight: Tensor, norm: Norm, width: Width, stride: tuple[int, ...]
-) -> list[tuple[str, nn.Module, Width | None]]:
-    source = unit.kernel
-    conv = nn.Conv2d(
-        weight.shape[1],
-        weight.shape[0],
-        (source.kernel_size[0], source.kernel_size[1]),
-        (stride[0], stride[1]),
-        source.padding
-        if isinstance(source.padding, str)
-        else (source.padding[0], source.padding[1]),
-        (source.dilation[0], source.dilation[1]),
-        bias=False,
-        device=weight.device,
-        dtype=weight.dtype,
-    )
-    conv.weight = nn.Parameter(weight)
-    bn_name = unit.bn.name if unit.bn is not None else f"{unit.conv.name}_bn"
-    return [(unit.conv.name, conv, width), (bn_name, norm.as_module(), None)]
-
-
-def _verify(reference: nn.Module, plain: nn.Module, example_input: Tensor) -> None:
-    """Compare the two nets in float64.
+def _geometry(step: Step, conv: nn.Conv2d) -> Geometry:
+    """Of a convolution.
 
     Raises:
-        ConversionError: They differ by more than 1e-9 of the output's magnitude.
+        ConversionError: It pads more behind than in front.
     """
-    with torch.no_grad():
-        expected, found = reference(example_input), plain(example_input)
-    difference = (expected - found).abs().max().item()
-    if not difference <= TOLERANCE * expected.abs().max().item():
-        raise ConversionError(
-            "output", f"the plain net differs from the residual one by {difference:.1e} in float64"
-        )
+    kernel, dilation = _pair(conv.kernel_size), _pair(conv.dilation)
+    if conv.padding == "valid":
+        padding = (0, 0)
+    elif conv.padding == "same":
+        around = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        if any(amount % 2 for amount in around):
+            raise ConversionError(
+                step.name, f"kernel {kernel} with 'same' padding", "kernels must be odd"
+            )
+        padding = (around[0] // 2, around[1] // 2)
+    else:
+        padding = _pair(conv.padding)  # type: ignore[arg-type]
+    dilation = (dilation[0] if kernel[0] > 1 else 1, dilation[1] if kernel[1] > 1 else 1)
+    return Geometry(kernel, _pair(conv.stride), padding, dilation)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,6 @@ from torch import Tensor, fx, nn
 from rmprune.errors import ConversionError
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-NON_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid)
-KEEPS_SIGN = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
 
 
 class Subsample(nn.Module):
@@ -72,14 +70,12 @@ class Block:
         body: F, from x on; at least one convolution.
         shortcut: S, from x on; empty for an identity shortcut.
         add: The addition.
-        non_negative: Whether x is known to have no negative values.
     """
 
     fork: fx.Node
     body: tuple[Layer, ...]
     shortcut: tuple[Layer, ...]
     add: fx.Node
-    non_negative: bool
 
     @property
     def convolutions(self) -> tuple[Layer, ...]:
@@ -114,13 +110,18 @@ class Chain:
                 yield from item.shortcut
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
-    """Trace a copy of a model; the model stays as it is.
+def trace(model: nn.Module, copied: bool = True) -> fx.GraphModule:
+    """Trace a model, which stays as it is.
+
+    Args:
+        model: The network.
+        copied: Whether the result shall have parameters of its own.
 
     Raises:
         ConversionError: `torch.fx` cannot follow the model's Python code.
     """
-    model = copy.deepcopy(model)
+    if copied:
+        model = copy.deepcopy(model)
     if isinstance(model, fx.GraphModule):
         return model
     try:
@@ -176,18 +177,20 @@ def is_addition(node: fx.Node) -> bool:
 
 def _data_users(node: fx.Node) -> list[fx.Node]:
     """Readers of a tensor's values; ``x.size(0)`` reads only its shape."""
-    return [user for user in node.users if not _reads_shape(user)]
+    return [user for user in node.users if not reads_shape(user)]
 
 
-def _reads_shape(node: fx.Node) -> bool:
-    return node.target in ("size", "dim", getattr) or (
-        node.target is operator.getitem and _reads_shape(node.all_input_nodes[0])
-    )
+def reads_shape(node: fx.Node) -> bool:
+    """Whether a node reads a tensor's shape alone, or works with such values."""
+    if node.target in ("size", "dim", getattr) and node.op != "call_module":
+        return True
+    passes_on = node.target in (operator.getitem, operator.eq, operator.floordiv, torch._assert)
+    return passes_on and bool(node.all_input_nodes) and reads_shape(node.all_input_nodes[0])
 
 
 def _source(node: fx.Node) -> fx.Node | None:
     """The one tensor that a node computes from, or None if there are several or none."""
-    sources = [source for source in node.all_input_nodes if not _reads_shape(source)]
+    sources = [source for source in node.all_input_nodes if not reads_shape(source)]
     return sources[0] if len(sources) == 1 else None
 
 
@@ -228,7 +231,7 @@ def _block(graph_module: fx.GraphModule, add: fx.Node) -> Block:
         )
     if not any(isinstance(layer.module, nn.Conv2d) for layer in body):
         raise ConversionError(add.name, "neither operand of the addition has a convolution")
-    return Block(fork, body, shortcut, add, _is_non_negative(graph_module, fork))
+    return Block(fork, body, shortcut, add)
 
 
 def is_pointwise_affine(layers: Sequence[Layer]) -> bool:
@@ -254,19 +257,6 @@ def _is_pointwise(conv: nn.Conv2d) -> bool:
     return conv.kernel_size == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
 
 
-def _is_non_negative(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "placeholder":
-        return False
-    if is_addition(node):
-        return all(_is_non_negative(graph_module, operand) for operand in node.all_input_nodes)
-    module = as_layer(graph_module, node).module
-    if isinstance(module, NON_NEGATIVE):
-        return True
-    source = _source(node)
-    passes = isinstance(module, KEEPS_SIGN) or is_identity(module)
-    return passes and source is not None and _is_non_negative(graph_module, source)
-
-
 def is_identity(module: nn.Module) -> bool:
     """Whether a module does nothing in evaluation mode."""
     return isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d)
@@ -278,50 +268,143 @@ def as_layer(graph_module: fx.GraphModule, node: fx.Node) -> Layer:
     Raises:
         ConversionError: The node's operation is not known.
     """
-    if node.op == "call_module":
-        name = str(node.target)
-        return Layer(node, name, graph_module.get_submodule(name))
-    module = _function_as_module(node)
+    name = str(node.target) if node.op == "call_module" else node.name
+    module = as_module(graph_module, node)
     if module is None:
         raise ConversionError(
             node.name,
             f"the operation {getattr(node.target, '__name__', node.target)!r} is not supported",
             "write it as an nn.Module layer, or keep it out of the network",
         )
-    return Layer(node, node.name, module)
+    return Layer(node, name, module)
 
 
-def _function_as_module(node: fx.Node) -> nn.Module | None:
-    """An equal module for a function or method call, or None if it is not known."""
-    arguments: list[Any] = [value for value in node.args if not isinstance(value, fx.Node)]
-    keywords: dict[str, Any] = {
-        key: value for key, value in node.kwargs.items() if key not in ("inplace", "training")
-    }
+def as_module(
+    graph_module: fx.GraphModule, node: fx.Node, constants: Mapping[fx.Node, Any] | None = None
+) -> nn.Module | None:
+    """A module that does what a node does to one tensor, or None if it is not known.
+
+    Args:
+        graph_module: Whose node it is.
+        node: A call of a module, a function or a method.
+        constants: Values of the nodes that do not depend on the input.
+    """
+    if node.op == "call_module":
+        return graph_module.get_submodule(str(node.target))
+    known = constants or {}
+
+    def value(argument: Any) -> Any:
+        return fx.map_arg(argument, lambda n: known.get(n, n))
+
+    arguments = [value(a) for a in node.args[1:]]
+    keywords = {k: value(v) for k, v in node.kwargs.items() if k not in ("inplace", "training")}
+    plain = [a for a in arguments if not isinstance(a, fx.Node)]
     match node.target:
         case F.relu | torch.relu | torch.relu_ | "relu" | "relu_":
             return nn.ReLU()
         case F.relu6:
             return nn.ReLU6()
         case F.leaky_relu:
-            return nn.LeakyReLU(*arguments[:1], **keywords)
-        case F.dropout | F.dropout2d:
+            return nn.LeakyReLU(*plain[:1], **keywords)
+        case F.hardswish:
+            return nn.Hardswish()
+        case F.silu:
+            return nn.SiLU()
+        case F.gelu:
+            return nn.GELU(*plain, **keywords)
+        case F.hardsigmoid:
+            return nn.Hardsigmoid()
+        case F.sigmoid | torch.sigmoid | "sigmoid" | "sigmoid_":
+            return nn.Sigmoid()
+        case torch.tanh | F.tanh | "tanh":
+            return nn.Tanh()
+        case F.dropout | F.dropout2d | "contiguous" | "clone":
             return nn.Identity()
         case F.adaptive_avg_pool2d:
-            return nn.AdaptiveAvgPool2d(*arguments, **keywords)
-        case F.avg_pool2d if arguments:
-            return nn.AvgPool2d(*arguments, **keywords)
-        case F.max_pool2d | torch.max_pool2d if arguments:
-            return nn.MaxPool2d(*arguments, **keywords)
-        case torch.flatten | "flatten" if arguments == [1] or keywords == {"start_dim": 1}:
+            return nn.AdaptiveAvgPool2d(*plain, **keywords)
+        case F.avg_pool2d if plain or keywords:
+            return nn.AvgPool2d(*plain, **keywords)
+        case F.max_pool2d | torch.max_pool2d if plain or keywords:
+            return nn.MaxPool2d(*plain, **keywords)
+        case F.conv2d | F.linear | F.batch_norm if all(map(_is_value, (*arguments, *keywords))):
+            return _as_weighted(node.target, arguments, keywords)
+        case torch.mean | "mean":
+            return _as_mean(*plain, **keywords)
+        case torch.flatten | "flatten" if plain == [1] or keywords == {"start_dim": 1}:
             return nn.Flatten()
-        case "view" | "reshape" if arguments == [-1] and _is_batch_size(node.args[1]):
+        case "view" | "reshape" if plain == [-1] and _is_batch_size(node.args[1]):
             return nn.Flatten()
         case operator.getitem:
             return _as_subsample(node.args[1])
         case F.pad:
-            return _as_channel_padding(arguments, keywords)
+            return _as_channel_padding(plain, keywords)
         case _:
-            return None
+            return nn.Identity() if _returns_its_input(node) else None
+
+
+def _is_value(argument: Any) -> bool:
+    return not isinstance(argument, fx.Node)
+
+
+def _as_weighted(function: Any, arguments: Any, keywords: dict[str, Any]) -> nn.Module:
+    """A layer with the weights that a function was called with."""
+    signature = {
+        F.conv2d: ("weight", "bias", "stride", "padding", "dilation", "groups"),
+        F.linear: ("weight", "bias"),
+        F.batch_norm: (
+            *("running_mean", "running_var", "weight", "bias"),
+            *("training", "momentum", "eps"),
+        ),
+    }[function]
+    given = {**dict(zip(signature, arguments, strict=False)), **keywords}
+    weight: Any = given.get("weight")
+    bias: Any = given.get("bias")
+    layer: nn.Module
+    if function is F.conv2d:
+        outputs, inputs, *size = weight.shape
+        inputs *= given.get("groups", 1)
+        options = {k: given[k] for k in signature[2:] if k in given}
+        layer = nn.Conv2d(inputs, outputs, tuple(size), device="meta", **options)
+    elif function is F.linear:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    else:
+        mean, var = given["running_mean"], given["running_var"]
+        layer = nn.BatchNorm2d(len(mean), given.get("eps", 1e-5), device=mean.device)
+        layer.running_mean, layer.running_var = mean, var
+    layer.register_parameter("weight", None if weight is None else nn.Parameter(weight.detach()))
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
+    return layer.eval()
+
+
+class GlobalMean(nn.AdaptiveAvgPool2d):
+    """``(N, C, H, W)`` to ``(N, C)``: the mean over all positions, which drops the axes."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Average."""
+        return super().forward(x).flatten(1)
+
+
+def _as_mean(dim: Any = (), keepdim: bool = False) -> nn.Module | None:
+    dims = {d % 4 for d in (dim if isinstance(dim, tuple | list) else (dim,))}
+    if dims != {2, 3}:
+        return None
+    return nn.AdaptiveAvgPool2d(1) if keepdim else GlobalMean()
+
+
+def _returns_its_input(node: fx.Node) -> bool:
+    """Whether a function of one tensor and numbers is switched off, as stochastic depth is
+    in evaluation mode: it then returns the very tensor that it was given."""
+    if node.op != "call_function" or not callable(node.target) or len(node.all_input_nodes) != 1:
+        return False
+    x = torch.zeros(2, 4, 4, 4)
+    try:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: x)
+        return node.target(*args, **kwargs) is x
+    except Exception:  # whatever a stranger's function raises for such a tensor
+        return False
 
 
 def _is_batch_size(node: Any) -> bool:

@@ -64,7 +64,7 @@ def norm_of(bn: nn.BatchNorm2d | None, conv: nn.Conv2d) -> Norm:
     return norm._replace(mean=norm.mean - bias)
 
 
-def norm_of_bn(bn: nn.BatchNorm2d) -> Norm:
+def norm_of_bn(bn: nn.modules.batchnorm._BatchNorm) -> Norm:
     """A BN's parameters and running statistics, eps included in the variance.
 
     Raises:
@@ -170,10 +170,12 @@ class Moments:
         self.total += values.sum(dim=(0, 2, 3)).cpu()
         self.squares += values.square().sum(dim=(0, 2, 3)).cpu()
 
-    def identity_bn(self) -> nn.BatchNorm2d:
-        """A BN with these statistics that leaves its input as it is: γ = √(σ² + ε), β = μ."""
+    def bn(self, slope: Tensor | float = 1.0, offset: Tensor | float = 0.0) -> nn.BatchNorm2d:
+        """A BN with these statistics that computes ``slope · x + offset``, by default x itself:
+        γ = √(σ² + ε), β = μ."""
         mean, var = self.total, torch.ones_like(self.total)
         if self.count:
             mean = self.total / self.count
             var = (self.squares / self.count - mean.square()).clamp(min=0)
-        return Norm(gamma=(var + EPS).sqrt(), beta=mean, mean=mean, var=var + EPS).as_module()
+        gamma, beta = slope * (var + EPS).sqrt(), slope * mean + offset
+        return Norm(gamma=gamma, beta=beta, mean=mean, var=var + EPS).as_module()

@@ -11,10 +11,18 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Width:
-    """Output channels of one layer: those it computes itself, then those it carries."""
+    """Output channels of one layer: those it computes itself, and those it carries.
+
+    Attributes:
+        own: Channels of the residual network's own layer.
+        reserved: Channels that are copied for later, and channels of zeros between groups.
+        alternating: Whether own and reserved channels take turns; otherwise the reserved
+            ones stand behind the own ones (of a grouped convolution: in each group).
+    """
 
     own: int
     reserved: int = 0
+    alternating: bool = False
 
     @property
     def total(self) -> int:

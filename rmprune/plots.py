@@ -1,4 +1,4 @@
-"""Pictures of runs."""
+"""Pictures of runs and of conversions."""
 
 from __future__ import annotations
 
@@ -6,12 +6,63 @@ from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patches import Arc
+from torch import nn
 
 from rmprune.plain import PlainNet
+from rmprune.steps import Steps, blocks
 
 # Okabe and Ito's colours, told apart with any colour vision.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
 STAGES = {"sparse": ("sparsity training", BLUE), "finetuned": ("fine-tuning", ORANGE)}
+
+
+def plot_conversion(steps: Steps, net: PlainNet, path: Path) -> None:
+    """Draw what conversion did: layers and additions before, own and reserved channels after.
+
+    Args:
+        steps: The residual network, as `rmprune.steps.read` reads it.
+        net: Its plain net, with all layers that conversion gave it.
+        path: File to write; its ending decides the format.
+    """
+    before = {s.name: s.op.out_channels for s in steps.steps if isinstance(s.op, nn.Conv2d)}
+    after = net.converted_widths
+    width = min(max(8.0, 0.16 * max(len(before), len(after))), 60.0)
+    figure = Figure(figsize=(width, 7), layout="constrained")
+    top, bottom = figure.subplots(2, 1)
+
+    places = {name: place for place, name in enumerate(before)}
+    top.bar(range(len(before)), list(before.values()), color=BLUE, width=0.9)
+    height = max(before.values(), default=1)
+    for block in blocks(steps):
+        first, last = places[block[0]] if block else 0, places[block[-1]] if block else 0
+        middle, reach = (first + last) / 2, last - first + 1
+        arc = Arc((middle, height * 1.05), reach, height * 0.25, theta1=0, theta2=180)
+        arc.set(edgecolor=ORANGE, linewidth=1.5)
+        top.add_patch(arc)
+    top.set_ylim(0, height * 1.25)
+    top.set(ylabel="output channels", title="Before: every arc is a shortcut that is added")
+
+    own = [w.own for w in after.values()]
+    bottom.bar(range(len(after)), own, color=BLUE, width=0.9, label="own channels")
+    bottom.bar(
+        range(len(after)),
+        [w.reserved for w in after.values()],
+        bottom=own,
+        color=ORANGE,
+        hatch="///",
+        edgecolor="white",
+        width=0.9,
+        label="reserved channels",
+    )
+    bottom.set(ylabel="output channels", title="After: a list of layers, nothing is added")
+    bottom.legend(frameon=False)
+    for axes, names in ((top, list(before)), (bottom, list(after))):
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+        axes.margins(x=0.01)
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
 
 
 def plot_run(metrics: pd.DataFrame, net: PlainNet, path: Path) -> None:

@@ -19,9 +19,13 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from rmprune.errors import PruningError, UsageError
+from rmprune.layers import ChannelGate, PartialActivation
 from rmprune.plain import PlainNet, Width
 
-POINTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardswish, nn.SiLU, nn.GELU)
+POINTWISE = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardswish, nn.SiLU, nn.GELU, nn.Mish),
+    *(nn.Tanh, nn.Sigmoid, nn.Hardsigmoid, PartialActivation),
+)
 
 
 def prune(net: PlainNet, threshold: float | None = None) -> PlainNet:
@@ -104,10 +108,17 @@ class _Joint:
         values = values.flatten()
         if _pads(self.consumer):
             empty &= values == 0  # nobody asked for these to go at the price of the border
+        if self.gates:
+            empty, off = empty & (values == 0), off & (values == 0)  # others are constant no more
         columns = self.columns()
         where = (empty | off) & alive.to(off.device)
         self._add_to_bias(columns[:, where].sum(2) @ values[where])
         columns[:, where] = 0
+
+    @property
+    def gates(self) -> tuple[ChannelGate, ...]:
+        """The squeeze-and-excitation gates in between."""
+        return tuple(module for module in self.between if isinstance(module, ChannelGate))
 
     def _add_to_bias(self, offset: Tensor) -> None:
         if self.consumer.bias is not None:
@@ -120,6 +131,8 @@ class _Joint:
     def silence_unread(self, alive: Tensor) -> None:
         """Zero the rows that nobody reads, so that what they read may be unread too."""
         unread = alive & (self.columns() == 0).all(2).all(0).cpu()
+        for gate in self.gates:
+            unread &= ~gate.squeezed().cpu()
         alive &= ~unread
         where = unread.to(self.producer.weight.device)
         self.producer.weight[where] = 0
@@ -138,6 +151,8 @@ class _Joint:
                 tp.prune_batchnorm_out_channels(module, dead)
             elif isinstance(module, nn.PReLU) and module.num_parameters > 1:
                 tp.prune_prelu_out_channels(module, dead)
+            elif isinstance(module, ChannelGate | PartialActivation):
+                module.keep(torch.nonzero(alive).flatten().to(self.producer.weight.device))
         if isinstance(self.consumer, nn.Conv2d):
             tp.prune_conv_in_channels(self.consumer, dead)
         else:
@@ -201,8 +216,11 @@ def _new_widths(
     """How many own and reserved channels are left in each layer."""
     result = {}
     for joint, mask in zip(joints, alive, strict=True):
-        own = widths[joint.name].own if joint.name in widths else len(mask)
-        result[joint.name] = Width(int(mask[:own].sum()), int(mask[own:].sum()))
+        width = widths.get(joint.name, Width(len(mask)))
+        own = torch.arange(len(mask)) % 2 == 0
+        if not width.alternating:
+            own = torch.arange(len(mask)) < width.own
+        result[joint.name] = Width(int(mask[own].sum()), int(mask[~own].sum()))
     return result
 
 

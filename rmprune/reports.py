@@ -23,6 +23,7 @@ FORMATS = {
     "latency_ms": ("latency ms", "{:.2f}"),
     "latency_iqr_ms": ("± IQR", "{:.2f}"),
     "speedup": ("speed-up", "{:.2f}×"),
+    "largest_shift": ("largest shift", "{:.3g}"),
 }
 
 
@@ -125,7 +126,12 @@ def layer_table(net: PlainNet) -> pd.DataFrame:
 def _kernel(module: nn.Module | None) -> str:
     if isinstance(module, nn.Conv2d):
         rows, columns = module.kernel_size
-        return f"{rows}×{columns}" + ("" if module.groups == 1 else " depthwise")
+        grouped = f" in {module.groups} groups"
+        if module.groups == 1:
+            grouped = ""
+        elif module.groups == module.in_channels:
+            grouped = " depthwise"
+        return f"{rows}×{columns}{grouped}"
     return "" if module is None else "linear"
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from rmprune.norms import Moments
+from rmprune.norms import Moments, norm_of_bn
 from rmprune.plain import PlainNet
 
 
@@ -31,11 +31,13 @@ def fold_bn(net: PlainNet) -> PlainNet:
     return net.with_layers(layers).eval()
 
 
-def add_bn(net: PlainNet, calibration_batches: Iterable[Tensor]) -> PlainNet:
-    """Put a BN behind every convolution that has none, for training a folded net.
+def calibrate_bn(net: PlainNet, calibration_batches: Iterable[Tensor]) -> PlainNet:
+    """Give every convolution a BN whose statistics are measured, for training a plain net.
 
-    The statistics are measured, and γ = √(σ² + ε), β = μ leave the net unchanged (RMNet,
-    appendix A.2: without BN the training of a plain net diverges).
+    Of the BN behind a convolution, or of the identity where there is none, the slope and the
+    offset stay: γ = a · √(σ² + ε) and β = a μ + c for ``a z + c``. In evaluation mode the net
+    computes what it did, and in training mode it begins there (RMNet, appendix A.2: without
+    BN the training of a plain net diverges).
 
     Args:
         net: In evaluation mode.
@@ -44,17 +46,30 @@ def add_bn(net: PlainNet, calibration_batches: Iterable[Tensor]) -> PlainNet:
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     children = list(net.named_children())
     followers = [module for _, module in children[1:]] + [None]
+    behind_conv = False
     with torch.no_grad():
         activations = list(calibration_batches)
         for (name, module), follower in zip(children, followers, strict=True):
-            layers[name] = copy.deepcopy(module)
-            activations = [module(batch) for batch in activations]
-            if isinstance(module, nn.Conv2d) and not isinstance(follower, nn.BatchNorm2d):
-                moments = Moments(module.out_channels)
-                for batch in activations:
-                    moments.add(batch)
-                layers[f"{name}_bn"] = moments.identity_bn().to(module.weight)
+            is_bn = isinstance(module, nn.BatchNorm2d) and behind_conv
+            if not is_bn:
+                layers[name] = copy.deepcopy(module)
+            before, activations = activations, [module(batch) for batch in activations]
+            behind_conv = isinstance(module, nn.Conv2d)
+            if isinstance(module, nn.BatchNorm2d) and is_bn:
+                layers[name] = _measured(module, before).to(module.running_var)
+            elif isinstance(module, nn.Conv2d) and not isinstance(follower, nn.BatchNorm2d):
+                identity = nn.BatchNorm2d(module.out_channels, eps=0.0).to(module.weight)
+                layers[f"{name}_bn"] = _measured(identity, activations).to(module.weight)
     return net.with_layers(layers).eval()
+
+
+def _measured(bn: nn.BatchNorm2d, batches: Iterable[Tensor]) -> nn.BatchNorm2d:
+    """The same map as a BN's, with the statistics of the batches that it reads."""
+    moments = Moments(bn.num_features)
+    for batch in batches:
+        moments.add(batch)
+    norm = norm_of_bn(bn)
+    return moments.bn(norm.slope.double().cpu(), norm.offset.double().cpu())
 
 
 def collapse(net: PlainNet) -> PlainNet:

@@ -30,7 +30,7 @@ from rmprune.plots import plot_run
 from rmprune.progress import Track, no_progress
 from rmprune.removal import prune as remove_dead_channels
 from rmprune.reports import compare, environment
-from rmprune.rewrite import add_bn, collapse
+from rmprune.rewrite import calibrate_bn, collapse
 from rmprune.selection import Masks, apply_masks, select
 from rmprune.slimming import Cost, Penalty, add_shortcut_bn, penalty_weights, scale_parameters
 from rmprune.store import (
@@ -351,7 +351,7 @@ def finetune_plain(
     """
     device = pick_device(config.device)
     path, result = plain_paths(folder, source)
-    net = add_bn(load(source).to(device), calibration_batches(data, device))
+    net = calibrate_bn(load(source).to(device), calibration_batches(data, device))
     if path.exists():
         checkpoint = Checkpoint.load(path)
         net.load_state_dict(checkpoint.model)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from rmprune.convert import Unit, split_units
+from rmprune.blocks import Unit, split_units
 from rmprune.errors import PruningError, UsageError
 from rmprune.graph import Block, Layer, parse
 from rmprune.norms import fold_shortcut

@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from rmprune.convert import channel_guards, convert
+from rmprune.blocks import channel_guards
+from rmprune.convert import convert
 from rmprune.errors import UsageError
 from rmprune.graph import Block, Chain, parse, trace
 from rmprune.measure import layer_macs
@@ -56,7 +57,7 @@ def add_shortcut_bn(model: nn.Module, calibration_batches: Iterable[Tensor] = ()
             for batch in calibration_batches:
                 slim(batch)
     for name, block in blocks.items():
-        slim.set_submodule(name, moments[name].identity_bn().to(_kernel(block)))
+        slim.set_submodule(name, moments[name].bn().to(_kernel(block)))
     return slim
 
 

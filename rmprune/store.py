@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import StoreError
+from rmprune.layers import FUNCTIONS, ChannelGate, PartialActivation
 from rmprune.plain import PlainNet, Width
 
 if TYPE_CHECKING:
@@ -79,6 +80,14 @@ def _pair(check: _Check) -> _Check:
     return lambda value: check(value) or _each(check, 2)(value)
 
 
+def _function(value: Any) -> bool:
+    return isinstance(value, str) and value in FUNCTIONS
+
+
+def _list_of(check: _Check) -> _Check:
+    return lambda value: isinstance(value, (list, tuple)) and all(map(check, value))
+
+
 # What the constructors' arguments may be, as JSON values. Each is also an attribute of the
 # layer; `bias` is the tensor or None there.
 _ARGUMENTS: dict[str, _Check] = {
@@ -94,6 +103,10 @@ _ARGUMENTS: dict[str, _Check] = {
     "divisor_override": _or(_count, None),
     "output_size": _pair(_or(_count, None)),
     "approximate": _or(lambda _: False, "none", "tanh"),
+    "num_channels": _count,
+    "activation": _function,
+    "sizes": _list_of(_count),
+    "activations": _list_of(_function),
 }
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
 _POOL = ("kernel_size", "stride", "padding", "ceil_mode")
@@ -121,6 +134,10 @@ LAYERS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "Flatten": (nn.Flatten, ("start_dim", "end_dim")),
     "Identity": (nn.Identity, ()),
     "Dropout": (nn.Dropout, ("p", "inplace")),
+    "Mish": (nn.Mish, ("inplace",)),
+    "Tanh": (nn.Tanh, ()),
+    "ChannelGate": (ChannelGate, ("sizes", "activations")),
+    "PartialActivation": (PartialActivation, ("activation", "num_channels")),
 }
 
 
@@ -463,9 +480,11 @@ _NAMELESS = PlainNet(OrderedDict())  # its attributes are names that no layer ca
 
 
 def _widths(value: Any) -> dict[str, Width]:
-    numbers = {"own", "reserved"}
     if not isinstance(value, dict) or not all(
-        isinstance(w, dict) and w.keys() == numbers and all(map(_size, w.values()))
+        isinstance(w, dict)
+        and {"own", "reserved"} <= w.keys() <= {"own", "reserved", "alternating"}
+        and all(map(_size, (w["own"], w["reserved"])))
+        and _flag(w.get("alternating", False))
         for w in value.values()
     ):
         raise StoreError("its widths are not numbers of own and reserved channels by layer name")

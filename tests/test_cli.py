@@ -115,16 +115,24 @@ def test_inspect(run):
 
 
 def test_convert(weights, tmp_path):
-    net = tmp_path / "net.safetensors"
-    options = ["--weights", weights, "--num-classes", 3]
-    text = succeed("convert", *options, "--out", net)
+    net, picture = tmp_path / "net.safetensors", tmp_path / "net.png"
+    options = ["resnet20", "--weights", weights, "--num-classes", 3]
+    text = succeed("convert", *options, "--out", net, "--plot", picture)
     assert "plain" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
     x = torch.randn(2, 3, 32, 32)
     model = rmprune.create_model("resnet20", num_classes=3, weights=weights).eval()
     torch.testing.assert_close(load(net)(x), model(x), rtol=0, atol=1e-4)
     succeed("convert", *options, "--keep-bn", "--downsample", "prelu", "--out", net)
     assert any(isinstance(layer, torch.nn.BatchNorm2d) for layer in load(net))
-    succeed("convert", "--model", "torchvision:resnet18", "--image-shape", 3, 64, 48, "--out", net)
+
+
+def test_convert_tells_how_channels_are_carried(tmp_path):
+    net = tmp_path / "net.safetensors"
+    name = "torchvision:mobilenet_v2"
+    text = succeed("convert", name, "--carry", "partial", "--out", net)
+    assert "features.3.conv.0.2 partial       24" in text
+    assert load(net).info["carried"][0]["mode"] == "partial"
 
 
 def test_eval_of_a_model(weights, image_folder):
@@ -165,7 +173,8 @@ WRONG_USE = {
     "distilling without weights": (["slim", "--distill"], "--weights"),
     "net that is not there": (["inspect", "no.safetensors"], "does not exist"),
     "run that is not there": (["prune", "nothing"], "'nothing' does not exist"),
-    "no file to write": (["convert"], "Missing option '--out'"),
+    "no file to write": (["convert", "resnet20"], "Missing option '--out'"),
+    "no model": (["convert", "--out", "net"], "Missing argument 'MODEL'"),
 }
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import Residual, residual_networks, scramble
+from strategies import Residual, networks_of_all_pieces, residual_networks, scramble
 from torch import nn
 
 import rmprune
@@ -179,41 +179,74 @@ def block(*body, shortcut=None):
 
 
 class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
     def forward(self, x):
-        return x if x.sum() > 0 else -x
+        return x + self.conv(x) if x.sum() > 0 else x
 
 
+class Product(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return x + self.left(x) * self.right(x)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x, y=None):  # noqa: ARG002
+        return x + self.conv(x)
+
+
+def conv(kernel=3, padding=None, **options):
+    return nn.Conv2d(4, 4, kernel, padding=kernel // 2 if padding is None else padding, **options)
+
+
+# What is refused: how to build it, and what the error must say.
 REFUSALS = {
     "training mode": (lambda: create_model("resnet20").train(), "training mode.*model.eval"),
     "no residual": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1)), "no residual block"),
-    "untraceable": (Branches, "cannot trace"),
+    "untraceable": (Branches, "'Branches'.*cannot trace.*must not branch"),
+    "two inputs": (TwoInputs, "2 inputs"),
     "even kernel": (
-        lambda: block(nn.Conv2d(4, 4, 2, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 2)),
+        lambda: block(conv(2, padding=1), nn.ReLU(), conv(2, padding=0)),
         "'2.body.0'.*kernels must be odd",
     ),
     "padding": (
-        lambda: block(nn.Conv2d(4, 4, 3, padding=2), nn.ReLU(), nn.Conv2d(4, 4, 3)),
+        lambda: block(conv(padding=2), nn.ReLU(), conv(padding=0)),
         "'2.body.0'.*padding",
     ),
-    "groups": (
-        lambda: block(nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(4, 4, 1)),
-        "'2.body.0'.*grouped",
+    "reflected": (
+        lambda: block(conv(padding_mode="reflect"), nn.ReLU(), conv()),
+        "'2.body.0'.*'reflect' padding",
     ),
-    "three convolutions": (
-        lambda: block(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)),
-        "3 convolutions",
+    "GroupNorm": (
+        lambda: block(conv(), nn.GroupNorm(2, 4), nn.ReLU(), conv()),
+        "'2.body.1'.*whole tensor",
     ),
-    "normalisation": (
-        lambda: block(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 4, 1)),
-        "'2.body.1'.*GroupNorm",
+    "LayerNorm": (
+        lambda: block(conv(), nn.LayerNorm([4, 13, 10]), conv()),
+        "'2.body.1'.*whole tensor",
     ),
-    "pre-activation": (
-        lambda: block(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)),
-        "'2.body.0'",
+    "max pooling": (
+        lambda: block(conv(), nn.MaxPool2d(3, 1, 1), conv()),
+        "'2.body.1'.*whole tensor",
     ),
-    "activated body": (
-        lambda: block(nn.Conv2d(4, 4, 1), nn.ReLU()),
-        "'2.body.1'.*activation between",
+    "no statistics": (
+        lambda: block(conv(), nn.BatchNorm2d(4, track_running_stats=False), conv()),
+        "'2.body.1'.*running statistics",
+    ),
+    "product": (Product, "'mul'.*gate"),
+    "an activation with no name": (
+        lambda: block(conv(), nn.BatchNorm2d(4), nn.ELU(), conv(), nn.BatchNorm2d(4)),
+        "'2.body.2'.*ELU",
     ),
 }
 
@@ -226,3 +259,183 @@ def test_refusals_name_the_node_and_the_reason(case):
         model.eval()
     with pytest.raises(ConversionError, match=message):
         convert(model, X)
+
+
+WIDE = torch.randn(2, 3, 16, 32, generator=torch.Generator().manual_seed(0))
+
+
+@settings(max_examples=150)
+@given(
+    networks_of_all_pieces(),
+    st.sampled_from(["auto", "partial"]),
+    st.sampled_from(["interval", "calibrated"]),
+    st.sampled_from(["relu", "prelu"]),
+    st.sampled_from(["auto", "always"]),
+    st.booleans(),
+)
+def test_every_documented_piece_converts(model, carry, bound, downsample, fuse, keep_bn):
+    """Random depth, widths, groups, strides, dilations, shortcuts, activations and gates."""
+    options = {"carry": carry, "bound": bound, "downsample": downsample, "fuse": fuse}
+    plain = convert(model, WIDE, keep_bn=keep_bn, **options)
+    assert is_plain(plain)
+    if bound == "interval":  # the bounds of the other hold for the example alone
+        other = torch.randn(1, 3, 16, 32, generator=torch.Generator().manual_seed(1))
+        assert_same(plain, model, 3 * other, tolerance=1e-9)
+
+
+MODERN = [
+    *("resnet50", "mnasnet0_5", "mobilenet_v2"),
+    *("mobilenet_v3_small", "efficientnet_b0", "efficientnet_v2_s", "regnet_x_400mf"),
+    "regnet_y_400mf",
+]
+
+
+@pytest.mark.parametrize("name", MODERN)
+def test_other_families_convert(name):
+    """All of torchvision's and many of timm's are in experiments/conversion_coverage."""
+    model = scramble(create_model(f"torchvision:{name}")).eval()
+    x = torch.randn(1, 3, 64, 64)
+    plain = convert(model, x, keep_bn=False)
+    assert is_plain(plain)
+    with torch.no_grad():
+        expected = model(x)
+        assert (plain(x) - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18d", "seresnet50", "ecaresnet26t", "rexnet_100", "repvgg_a0", "res2net50_26w_4s"],
+)
+def test_timm_families_convert(name):
+    pytest.importorskip("timm")
+    model = scramble(create_model(f"timm:{name}")).eval()
+    plain = convert(model, torch.randn(1, 3, 64, 64))
+    assert is_plain(plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [("torchvision:resnet50", 5.5), ("torchvision:resnext50_32x4d", 3.0), ("resnet20", 2.0)],
+)
+def test_middle_convolutions_are_grouped(name, limit):
+    model = create_model(name).eval()
+    x = torch.zeros(1, 3, 64, 64)
+    plain = convert(model, x)
+    assert count_macs(plain, x) <= limit * count_macs(model, x)
+
+
+class PreActivation(nn.Module):
+    """He et al. 2016, "Identity mappings in deep residual networks", figure 4 (e)."""
+
+    def __init__(self, n_in, n_out, stride):
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(n_in), nn.BatchNorm2d(n_out)
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(n_in, n_out, 1, stride, bias=False) if stride > 1 else None
+
+    def forward(self, x):
+        y = F.relu(self.bn1(x))
+        identity = x if self.shortcut is None else self.shortcut(y)
+        return self.conv2(F.relu(self.bn2(self.conv1(y)))) + identity
+
+
+@pytest.mark.parametrize("carry", ["auto", "prelu", "partial"])
+def test_pre_activation_networks(carry):
+    blocks = [PreActivation(4, 4, 1), PreActivation(4, 8, 2), PreActivation(8, 8, 1)]
+    head = [nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)]
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *blocks, *head)
+    model = scramble(model).double().eval()
+    plain = convert(model, X, carry=carry)
+    assert_same(plain, model)
+    modes = {way["mode"] for way in plain.info["carried"]}
+    assert modes <= {"as is", "prelu" if carry == "auto" else carry}
+
+
+def driven_beyond_six():
+    """A MobileNetV2 whose activations are cut off by ReLU6 in every layer."""
+    model = scramble(create_model("torchvision:mobilenet_v2")).double().eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.mul_(6)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("carry", "bound", "modes"),
+    [
+        ("auto", "interval", {"shift", "partial"}),
+        ("shift", "interval", {"shift"}),
+        ("shift", "calibrated", {"shift"}),
+        ("partial", "interval", {"partial"}),
+    ],
+)
+def test_relu6_is_not_relu(carry, bound, modes):
+    model = driven_beyond_six()
+    x = torch.randn(2, 3, 32, 32)
+    reached = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs: reached.append(inputs[0].max()))
+        for module in model.modules()
+        if isinstance(module, nn.ReLU6)
+    ]
+    model(x.double())
+    assert min(reached) > 6
+    for hook in hooks:
+        hook.remove()
+    plain = convert(model, x, carry=carry, bound=bound)
+    assert_same(plain, model, x, tolerance=1e-9)
+    ways = plain.info["carried"]
+    assert {way["mode"] for way in ways} - {"as is"} <= modes
+    assert all(way["bound"] == bound for way in ways if way["mode"] == "shift")
+
+
+def test_relu6_cannot_be_carried_by_a_prelu():
+    with pytest.raises(ConversionError, match="ReLU6 by prelu"):
+        convert(driven_beyond_six(), torch.randn(1, 3, 32, 32), carry="prelu")
+
+
+def test_intervals_hold_for_inputs_that_nobody_saw():
+    model = driven_beyond_six()
+    plain = convert(model, torch.randn(1, 3, 32, 32), carry="shift")
+    assert_same(plain, model, 50 * torch.randn(2, 3, 32, 32), tolerance=1e-9)
+
+
+MOBILENET_V1 = [
+    *((32, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512)),
+    *([(512, 512)] * 5),
+    *((512, 1024), (1024, 1024)),
+]
+
+
+@pytest.mark.parametrize("carry", ["auto", "prelu", "partial"])
+def test_mobilenet_v2_becomes_mobilenet_v1(carry):
+    """RMNet, sections 4.4 and 5.3; MACs as the layers of MobileNetV1 add up."""
+    model = scramble(create_model("mobilenetv2_rm")).eval()
+    x = torch.randn(1, 3, 32, 32)
+    assert count_macs(model, x) == 81_582_080
+    plain = convert(model, x, carry=carry, fuse="always", keep_bn=False)
+    convs = [layer for layer in plain if isinstance(layer, nn.Conv2d)]
+    depthwise, pointwise = convs[1::2], convs[2::2]
+    assert [(c.in_channels, c.out_channels) for c in pointwise] == MOBILENET_V1
+    assert [c.groups for c in depthwise] == [inputs for inputs, _ in MOBILENET_V1]
+    assert [c.stride[0] for c in depthwise] == [1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1]
+    assert count_macs(plain, x) == 46_354_432
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), model(x), rtol=0, atol=1e-4)
+
+
+def test_layers_in_place_do_not_change_the_example():
+    model = nn.Sequential(nn.ReLU(inplace=True), *block(conv(), nn.ReLU(inplace=True), conv()))
+    x = torch.randn(1, 3, 8, 8).double()
+    before = x.clone()
+    convert(model.double().eval(), x)
+    torch.testing.assert_close(x, before, rtol=0, atol=0)
+
+
+def test_what_in_place_activations_do_to_the_shortcut():
+    """The shortcut of ``x + conv(relu_(x))`` is relu(x), for relu_ has changed x."""
+    model = block(nn.ReLU(inplace=True), conv())
+    model[1] = nn.Identity()
+    assert_same(convert(model.double().eval(), X), model)

@@ -1,7 +1,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from strategies import Residual
 from torch import nn
 
 from rmprune.errors import ConversionError
@@ -16,7 +15,6 @@ def test_blocks_are_found_in_order(name, blocks):
     chain = parse(trace(create_model(name)))
     assert len(chain.blocks) == blocks
     assert [len(block.convolutions) for block in chain.blocks] == [2] * blocks
-    assert all(block.non_negative for block in chain.blocks)
     assert [layer.name for layer in chain.blocks[0].convolutions] == [
         "layer1.0.conv1",
         "layer1.0.conv2",
@@ -55,29 +53,6 @@ class Signs(nn.Module):
     def forward(self, x):
         x = self.stem(x)
         return self.conv(x) + x
-
-
-@pytest.mark.parametrize(
-    ("stem", "non_negative"),
-    [
-        (nn.ReLU(), True),
-        (nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.Dropout()), True),
-        (nn.Sequential(nn.ReLU(), CONV), False),
-        (nn.LeakyReLU(), False),
-        (nn.Identity(), False),
-    ],
-)
-def test_signs(stem, non_negative):
-    (block,) = parse(trace(Signs(stem))).blocks
-    assert block.non_negative == non_negative
-
-
-def test_sum_of_non_negatives_is_non_negative():
-    relu = nn.ReLU()
-    inner = Residual(nn.Sequential(CONV, nn.ReLU()), None, False)
-    inner.relu = nn.Identity()
-    chain = parse(trace(nn.Sequential(relu, inner, Signs(nn.Identity()))))
-    assert [block.non_negative for block in chain.blocks] == [True, True]
 
 
 class Odd(nn.Module):

@@ -8,7 +8,7 @@ import torch
 import torch_pruning as tp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import residual_networks, scramble
+from strategies import networks_of_all_pieces, residual_networks, scramble
 from torch import nn
 
 from rmprune.convert import convert
@@ -211,3 +211,27 @@ def test_threshold_without_bns():
     plain = convert(create_model("resnet20").eval(), X.float(), keep_bn=False)
     with pytest.raises(PruningError, match=r"'conv1' has no BN.*keep_bn=True"):
         prune(plain, 0.1)
+
+
+@settings(max_examples=150)
+@given(networks_of_all_pieces(), st.integers(0, 9999), st.sampled_from([0.2, 0.6, 1.0]))
+@pytest.mark.filterwarnings("ignore:all channels of layer")
+def test_zero_channels_leave_nets_of_all_pieces(model, seed, share):
+    """Gates, activations of part of the channels, groups and alternating channels stay right."""
+    x = torch.randn(2, 3, 16, 32, generator=torch.Generator().manual_seed(0)).double()
+    plain = convert(model, x)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in plain:
+        if isinstance(layer, nn.BatchNorm2d):
+            off = torch.rand(layer.num_features, generator=generator) < share
+            off[0] = False
+            with torch.no_grad():
+                layer.weight[off] = 0
+                layer.bias[off] = 0
+
+    pruned = prune(plain)
+
+    assert_same(pruned(x), plain(x))
+    for name, layer in pruned.named_children():
+        if isinstance(layer, nn.Conv2d) and name in pruned.widths:
+            assert pruned.widths[name].total == layer.out_channels

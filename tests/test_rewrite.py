@@ -14,7 +14,7 @@ from rmprune.measure import count_macs
 from rmprune.models import create_model
 from rmprune.plain import PlainNet
 from rmprune.removal import prune
-from rmprune.rewrite import add_bn, collapse, fold_bn
+from rmprune.rewrite import calibrate_bn, collapse, fold_bn
 from rmprune.selection import Masks, apply_masks
 from rmprune.slimming import add_shortcut_bn, scale_parameters
 
@@ -49,7 +49,7 @@ def test_folding_and_putting_bns_back(model):
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded)
     assert_same(folded(X), plain(X))
 
-    again = add_bn(folded, [X])
+    again = calibrate_bn(folded, [X])
 
     convs = sum(isinstance(layer, nn.Conv2d) for layer in again)
     assert sum(isinstance(layer, nn.BatchNorm2d) for layer in again) == convs > 0
@@ -59,12 +59,23 @@ def test_folding_and_putting_bns_back(model):
 
 def test_added_bns_have_the_statistics_of_their_inputs():
     folded = convert(scramble(create_model("resnet20")).double().eval(), X, keep_bn=False)
-    again = add_bn(folded, [X[:1], X[1:]])
+    again = calibrate_bn(folded, [X[:1], X[1:]])
     children = dict(again.named_children())
     values = again[:3](X) if isinstance(again[2], nn.Conv2d) else again[:1](X)
     bn = children["conv1_bn"]
     torch.testing.assert_close(bn.running_mean, values.mean((0, 2, 3)))
     torch.testing.assert_close(bn.running_var, values.var((0, 2, 3), correction=0))
+
+
+def test_calibrated_bns_begin_training_where_evaluation_is():
+    """The same images, normalised by the batch or by the measured statistics."""
+    model = scramble(create_model("resnet20")).double().eval()
+    calibrated = convert(model, X, calibration_batches=[X])
+    assert_same(calibrated(X), model(X))
+    torch.testing.assert_close(calibrated.train()(X), model(X), rtol=1e-3, atol=1e-3)
+    plain = convert(model, X)
+    assert_same(plain(X), model(X))
+    assert not torch.allclose(plain.train()(X), model(X), rtol=0.1, atol=0.1)
 
 
 @settings(max_examples=100)

@@ -20,6 +20,7 @@ from torch import nn
 
 from rmprune import store
 from rmprune.errors import StoreError
+from rmprune.layers import ChannelGate, PartialActivation
 from rmprune.plain import PlainNet, Width
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -36,6 +37,10 @@ def every_layer():
         relu6=nn.ReLU6(),
         leaky=nn.LeakyReLU(0.3),
         prelu=nn.PReLU(6, init=0.1),
+        mish=nn.Mish(),
+        tanh=nn.Tanh(),
+        gate=ChannelGate((6, 3, 6), ("relu", "sigmoid")),
+        partial=PartialActivation("relu6", 6),
         hardswish=nn.Hardswish(),
         hardsigmoid=nn.Hardsigmoid(),
         sigmoid=nn.Sigmoid(),
@@ -167,7 +172,7 @@ def test_a_new_process_needs_no_model_class(tmp_path):
         "from rmprune import store\n"
         "net = store.load(sys.argv[1])\n"
         "found = {name for name in sys.modules if name.startswith('rmprune.')}\n"
-        "assert found == {'rmprune.store', 'rmprune.plain', 'rmprune.errors'}, found\n"
+        "assert found == {'rmprune.' + m for m in ('store', 'plain', 'errors', 'layers')}, found\n"
         "print(json.dumps({name: [str(t.dtype), list(t.shape), "
         "t.reshape(-1).view(torch.uint8).tolist()] for name, t in net.state_dict().items()}))"
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import safetensors
@@ -17,18 +19,21 @@ from torch import Tensor, nn
 
 from rmprune.errors import UsageError, WeightsError
 from rmprune.models.cifar_resnet import thin_resnet, wide_resnet
+from rmprune.models.mobilenet_rm import mobilenetv2_rm
 
 TORCHVISION = "torchvision:"
+TIMM = "timm:"
 
 _BUILDERS: dict[str, Callable[[int], nn.Module]] = {
     **{f"resnet{layers}": partial(thin_resnet, layers) for layers in (20, 32, 44, 56, 110)},
     "resnet18": partial(wide_resnet, (2, 2, 2, 2)),
     "resnet34": partial(wide_resnet, (3, 4, 6, 3)),
+    "mobilenetv2_rm": mobilenetv2_rm,
 }
 
 
 def model_names() -> list[str]:
-    """The names of rmprune's own models; ``torchvision:NAME`` is understood besides."""
+    """The names of rmprune's own models; ``torchvision:`` and ``timm:NAME`` go besides."""
     return list(_BUILDERS)
 
 
@@ -38,8 +43,8 @@ def create_model(
     """Build a residual model, in training mode.
 
     Args:
-        name: One of :func:`model_names`, or ``torchvision:NAME`` for a classification
-            network of torchvision.
+        name: One of :func:`model_names`, or ``torchvision:NAME`` or ``timm:NAME`` for a
+            classification network of torchvision or timm.
         num_classes: Outputs of the last layer.
         weights: State dict to load: ``.safetensors``, or a file of ``torch.save``, read
             without running code from it. Random weights if None.
@@ -56,6 +61,8 @@ def create_model(
         model = torchvision.models.get_model(
             name.removeprefix(TORCHVISION), weights=None, num_classes=num_classes
         )
+    elif name.startswith(TIMM) and name.removeprefix(TIMM) in _timm_names():
+        model = _timm().create_model(name.removeprefix(TIMM), num_classes=num_classes)
     else:
         raise UsageError(f"unknown model {name!r}; {_nearest(name)}")
     if weights is not None:
@@ -176,12 +183,33 @@ def _torchvision_names() -> list[str]:
     return names
 
 
+def _timm() -> ModuleType:
+    try:
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise UsageError(
+            "names that begin with 'timm:' need timm; install it: pip install 'rmprune[timm]'"
+        ) from error
+
+
+def _timm_names() -> list[str]:
+    names: list[str] = _timm().list_models()
+    return names
+
+
 def _nearest(name: str) -> str:
     """What to type instead of an unknown name."""
+    if name.startswith(TIMM):
+        near = difflib.get_close_matches(name.removeprefix(TIMM).lower(), _timm_names(), n=3)
+        return (
+            f"did you mean {' or '.join(TIMM + other for other in near)}?"
+            if near
+            else ("timm.list_models() lists timm's")
+        )
     if name in _torchvision_names():
         return f"did you mean {TORCHVISION}{name}?"
     known = model_names() + [TORCHVISION + other for other in _torchvision_names()]
     near = difflib.get_close_matches(name.lower(), known, n=3)
     if near:
         return f"did you mean {' or '.join(near)}?"
-    return f"choose one of {', '.join(model_names())} or {TORCHVISION}NAME"
+    return f"choose one of {', '.join(model_names())}, {TORCHVISION}NAME or {TIMM}NAME"

@@ -1,0 +1,95 @@
+"""The parts of residual blocks that can be made slim, and the BNs that decide over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from rmprune.errors import ConversionError
+from rmprune.graph import Block, Chain, Layer, is_identity
+from rmprune.norms import Norm, norm_of
+
+
+def channel_guards(chain: Chain) -> dict[str, tuple[str, ...]]:
+    """The BNs whose scales decide over the output channels of every plain convolution.
+
+    Returns:
+        Path of a convolution in the residual model to paths of BNs: its own, and for the
+        first convolution of a block the shortcut BN, for the last one the shortcut's own BN.
+    """
+    guards: dict[str, tuple[str, ...]] = {}
+    for item in chain.items:
+        if isinstance(item, Block):
+            units = split_units(item.body)
+            for unit in units:
+                guards[unit.conv.name] = tuple(bn.name for bn in (unit.bn,) if bn is not None)
+            bns = [bn.name for bn in item.shortcut if isinstance(bn.module, nn.BatchNorm2d)]
+            reserved = bns[:1] if starts_with_bn(item) else []
+            guards[units[0].conv.name] += tuple(reserved)
+            guards[units[-1].conv.name] += tuple(bns[len(reserved) :])
+        elif isinstance(item.module, nn.Conv2d):
+            last_conv = item.name
+            guards[last_conv] = ()
+        elif isinstance(item.module, nn.BatchNorm2d) and guards.get(last_conv) == ():
+            guards[last_conv] = (item.name,)
+    return guards
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A convolution with what follows it in a block's body."""
+
+    conv: Layer
+    bn: Layer | None
+    activation: Layer | None
+
+    @property
+    def kernel(self) -> nn.Conv2d:
+        """The convolution itself."""
+        assert isinstance(self.conv.module, nn.Conv2d)
+        return self.conv.module
+
+    @property
+    def norm(self) -> Norm:
+        """What follows the convolution's weights: bias and BN."""
+        bn = None if self.bn is None else self.bn.module
+        assert bn is None or isinstance(bn, nn.BatchNorm2d)
+        return norm_of(bn, self.kernel)
+
+
+def split_units(body: Sequence[Layer]) -> list[Unit]:
+    """Split a block's body into convolutions, each with its BN and activation.
+
+    Raises:
+        ConversionError: The body is not conv(-BN)(-activation)-…-conv(-BN).
+    """
+    units: list[Unit] = []
+    for layer in body:
+        last = units[-1] if units else None
+        match layer.module:
+            case module if is_identity(module):
+                continue
+            case nn.Conv2d():
+                units.append(Unit(layer, None, None))
+            case nn.BatchNorm2d() if last and last.bn is None and last.activation is None:
+                units[-1] = Unit(last.conv, layer, None)
+            case nn.ReLU() | nn.LeakyReLU() | nn.PReLU() if last and last.activation is None:
+                units[-1] = Unit(last.conv, last.bn, layer)
+            case module:
+                raise ConversionError(
+                    layer.name,
+                    f"{type(module).__name__} at this place of a block is not supported",
+                    "blocks are conv, BN, activation, …, conv, BN, then the addition",
+                )
+    if units[-1].activation is not None:
+        raise ConversionError(
+            units[-1].activation.name, "an activation between a block's last layer and its addition"
+        )
+    return units
+
+
+def starts_with_bn(block: Block) -> bool:
+    """Whether there is a BN at the head of a block's shortcut."""
+    return bool(block.shortcut) and isinstance(block.shortcut[0].module, nn.BatchNorm2d)
