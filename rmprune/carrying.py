@@ -204,38 +204,35 @@ class Carrier:
     def _try(
         self, mode: str, activation: nn.Module, interval: Interval, seen: Tensor
     ) -> Way | None:
+        if mode == "shift":
+            return self._shift(activation, interval, seen)
         ones = torch.ones_like(interval.lower)
-        if mode != "shift":
-            return Way(mode, ones, ones - 1) if _applies(mode, activation) else None
+        return Way(mode, ones, ones - 1) if _applies(mode, activation) else None
+
+    def _shift(self, activation: nn.Module, interval: Interval, seen: Tensor) -> Way | None:
+        """A shift into the range in which the activation is the identity, or None."""
         floor, ceiling = _identity_range(activation)
         largest = seen.abs().amax((0, 2, 3))
+        lower, upper = interval.lower, interval.upper
         if self.bound == "calibrated":
             lower, upper = -MARGIN * largest, MARGIN * largest
-        else:
-            lower, upper = interval.lower, interval.upper
-            reach = torch.maximum(-lower, upper if ceiling < torch.inf else -lower)
-            within = bool((reach <= MAX_BOUND * largest.max()).all())
-            if not within and (self.carry == "auto" or not bool(torch.isfinite(reach).all())):
-                return None
-        if floor == torch.inf:
-            return None
+        ones = torch.ones_like(lower)
         if ceiling == torch.inf:
-            return Way("shift", ones, (floor - lower).clamp(min=0))
-        factor = ((ceiling - floor) / (upper - lower).clamp(min=1e-12)).clamp(max=1)
-        return Way("shift", factor, floor - factor * lower)
+            way = Way("shift", ones, (floor - lower).clamp(min=0))
+        else:
+            factor = ((ceiling - floor) / (upper - lower).clamp(min=1e-12)).clamp(max=1)
+            way = Way("shift", factor, floor - factor * lower)
+        relative = way.shift.abs() / way.factor
+        if not bool(torch.isfinite(relative).all()):
+            return None
+        drowns = bool((relative > MAX_BOUND * largest.max()).any())
+        return None if drowns and self.carry == "auto" else way
 
     def _noted(self, name: str, way: Way) -> Way:
-        bounds = (
-            {}
-            if way.mode != "shift"
-            else {
-                "bound": self.bound,
-                "largest_shift": way.shift.max().item(),
-            }
-        )
-        self.log.append(
-            {"activation": name, "mode": way.mode, "channels": len(way.factor), **bounds}
-        )
+        entry = {"activation": name, "mode": way.mode, "channels": len(way.factor)}
+        if way.mode == "shift":
+            entry |= {"bound": self.bound, "largest_shift": way.shift.max().item()}
+        self.log.append(entry)
         return way
 
 

@@ -7,8 +7,8 @@ from rmprune.data import Augmentation, Dataset, Split
 
 # Deadlines measure the machine, and workers of pytest-xdist share its cores. The usual run is the
 # same every time; `pytest --hypothesis-profile=long` looks for what no run has seen yet.
-settings.register_profile("long", deadline=None)
-settings.register_profile("rmprune", deadline=None, derandomize=True)
+settings.register_profile("long", deadline=None, max_examples=2000)
+settings.register_profile("rmprune", deadline=None, max_examples=150, derandomize=True)
 settings.load_profile("rmprune")
 torch.set_num_threads(1)
 

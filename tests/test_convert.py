@@ -264,7 +264,6 @@ def test_refusals_name_the_node_and_the_reason(case):
 WIDE = torch.randn(2, 3, 16, 32, generator=torch.Generator().manual_seed(0))
 
 
-@settings(max_examples=150)
 @given(
     networks_of_all_pieces(),
     st.sampled_from(["auto", "partial"]),

@@ -213,7 +213,6 @@ def test_threshold_without_bns():
         prune(plain, 0.1)
 
 
-@settings(max_examples=150)
 @given(networks_of_all_pieces(), st.integers(0, 9999), st.sampled_from([0.2, 0.6, 1.0]))
 @pytest.mark.filterwarnings("ignore:all channels of layer")
 def test_zero_channels_leave_nets_of_all_pieces(model, seed, share):
