@@ -316,14 +316,15 @@ def finetune(run: Path, plain: bool, out: Path | None, resume: bool, **settings:
     """Fine-tune what `rmprune prune` wrote, under its masks, and save the plain net of it.
 
     RUN is the folder or its masked.pt. With --plain it is a plain net, whose every weight is
-    free: a BN is put behind each convolution and folded again at the end. Options that are
-    not given are those of the run.
+    free: a BN is put behind each convolution and folded again at the end; the learning rate
+    is then 5e-4 by default, since narrow plain nets lose what they know at larger ones.
+    Options that are not given are those of the run.
     """
     source = run / "masked.pt" if run.is_dir() and not plain else run
     folder = out or source.parent
     if plain:
         net = load(source)
-        task, config = runs.task_of(net), runs.SlimConfig()
+        task, config = runs.task_of(net), runs.SlimConfig(finetune_lr=runs.PLAIN_LR)
         if task is not None:
             config = dataclasses.replace(config, data=task.data)
         checkpoint_path, net_path = runs.plain_paths(folder, source)

@@ -170,12 +170,14 @@ class Moments:
         self.total += values.sum(dim=(0, 2, 3)).cpu()
         self.squares += values.square().sum(dim=(0, 2, 3)).cpu()
 
-    def bn(self, slope: Tensor | float = 1.0, offset: Tensor | float = 0.0) -> nn.BatchNorm2d:
-        """A BN with these statistics that computes ``slope · x + offset``, by default x itself:
-        γ = √(σ² + ε), β = μ."""
-        mean, var = self.total, torch.ones_like(self.total)
-        if self.count:
-            mean = self.total / self.count
-            var = (self.squares / self.count - mean.square()).clamp(min=0)
-        gamma, beta = slope * (var + EPS).sqrt(), slope * mean + offset
-        return Norm(gamma=gamma, beta=beta, mean=mean, var=var + EPS).as_module()
+    def mean_and_var(self) -> tuple[Tensor, Tensor]:
+        """``(channels,)`` each, in float64 on the CPU."""
+        if not self.count:
+            return self.total, torch.ones_like(self.total)
+        mean = self.total / self.count
+        return mean, (self.squares / self.count - mean.square()).clamp(min=0)
+
+    def identity_bn(self) -> nn.BatchNorm2d:
+        """A BN with these statistics that leaves its input as it is: γ = √(σ² + ε), β = μ."""
+        mean, var = self.mean_and_var()
+        return Norm(gamma=(var + EPS).sqrt(), beta=mean, mean=mean, var=var + EPS).as_module()

@@ -6,6 +6,7 @@ Each takes a `PlainNet` in evaluation mode and returns a new one.
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Iterable
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from rmprune.norms import Moments, norm_of_bn
+from rmprune.norms import EPS, Moments, Norm
 from rmprune.plain import PlainNet
 
 
@@ -34,42 +35,43 @@ def fold_bn(net: PlainNet) -> PlainNet:
 def calibrate_bn(net: PlainNet, calibration_batches: Iterable[Tensor]) -> PlainNet:
     """Give every convolution a BN whose statistics are measured, for training a plain net.
 
-    Of the BN behind a convolution, or of the identity where there is none, the slope and the
-    offset stay: γ = a · √(σ² + ε) and β = a μ + c for ``a z + c``. In evaluation mode the net
-    computes what it did, and in training mode it begins there (RMNet, appendix A.2: without
-    BN the training of a plain net diverges).
+    In evaluation mode the net computes what it did, and in training mode it begins there
+    (RMNet, appendix A.2: without BN the training of a plain net diverges). Kernels get the
+    norm that random ones have, √2 for each output, and the BNs the factors: behind a BN a
+    step of training turns a kernel the further, the smaller it is.
 
     Args:
-        net: In evaluation mode.
+        net: In evaluation mode. BNs behind its convolutions are folded first.
         calibration_batches: Normalised images, ``(N, C, H, W)`` each.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    children = list(net.named_children())
-    followers = [module for _, module in children[1:]] + [None]
-    behind_conv = False
     with torch.no_grad():
         activations = list(calibration_batches)
-        for (name, module), follower in zip(children, followers, strict=True):
-            is_bn = isinstance(module, nn.BatchNorm2d) and behind_conv
-            if not is_bn:
-                layers[name] = copy.deepcopy(module)
-            before, activations = activations, [module(batch) for batch in activations]
-            behind_conv = isinstance(module, nn.Conv2d)
-            if isinstance(module, nn.BatchNorm2d) and is_bn:
-                layers[name] = _measured(module, before).to(module.running_var)
-            elif isinstance(module, nn.Conv2d) and not isinstance(follower, nn.BatchNorm2d):
-                identity = nn.BatchNorm2d(module.out_channels, eps=0.0).to(module.weight)
-                layers[f"{name}_bn"] = _measured(identity, activations).to(module.weight)
+        for name, module in fold_bn(net).named_children():
+            activations = [module(batch) for batch in activations]
+            layers[name] = module
+            if isinstance(module, nn.Conv2d):
+                moments = Moments(module.out_channels)
+                for batch in activations:
+                    moments.add(batch)
+                layers[name], bn = _normalised(module, *moments.mean_and_var())
+                layers[f"{name}_bn"] = bn.to(module.weight)
     return net.with_layers(layers).eval()
 
 
-def _measured(bn: nn.BatchNorm2d, batches: Iterable[Tensor]) -> nn.BatchNorm2d:
-    """The same map as a BN's, with the statistics of the batches that it reads."""
-    moments = Moments(bn.num_features)
-    for batch in batches:
-        moments.add(batch)
-    norm = norm_of_bn(bn)
-    return moments.bn(norm.slope.double().cpu(), norm.offset.double().cpu())
+def _normalised(conv: nn.Conv2d, mean: Tensor, var: Tensor) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    """A convolution as one with kernels of norm √2, and a BN with the statistics that its
+    outputs then have. Mean and variance are those of the given convolution's outputs."""
+    length = conv.weight.detach().flatten(1).norm(dim=1)
+    factor = torch.where(length > 0, math.sqrt(2) / length, 1)
+    bias = torch.zeros_like(factor) if conv.bias is None else conv.bias.detach()
+    result = copy.deepcopy(conv)
+    result.weight = nn.Parameter(conv.weight.detach() * factor[:, None, None, None])
+    result.bias = None
+    scale = factor.double().cpu()
+    var = scale.square() * var + EPS
+    norm = Norm(var.sqrt() / scale, mean, scale * (mean - bias.double().cpu()), var)
+    return result, norm.as_module()
 
 
 def collapse(net: PlainNet) -> PlainNet:

@@ -45,6 +45,7 @@ from rmprune.store import (
 from rmprune.training import Compile, EpochResult, Precision, TrainingConfig, fit
 
 CALIBRATION_IMAGES = 1024
+PLAIN_LR = 5e-4  # at 5e-3 a pruned net of 99.7 % on the digits falls to 61 % in two epochs
 
 
 @dataclass(frozen=True)

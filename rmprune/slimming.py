@@ -57,7 +57,7 @@ def add_shortcut_bn(model: nn.Module, calibration_batches: Iterable[Tensor] = ()
             for batch in calibration_batches:
                 slim(batch)
     for name, block in blocks.items():
-        slim.set_submodule(name, moments[name].bn().to(_kernel(block)))
+        slim.set_submodule(name, moments[name].identity_bn().to(_kernel(block)))
     return slim
 
 

@@ -90,7 +90,7 @@ def test_moments_over_batches_of_different_sizes():
     moments = Moments(3)
     for batch in batches:
         moments.add(batch)
-    bn = moments.bn()
+    bn = moments.identity_bn()
     values = torch.cat(batches)
     torch.testing.assert_close(bn.running_mean.float(), values.mean((0, 2, 3)))
     torch.testing.assert_close(bn.running_var.float(), values.var((0, 2, 3), correction=0))
@@ -99,4 +99,4 @@ def test_moments_over_batches_of_different_sizes():
 
 def test_moments_of_nothing_make_an_identity_too():
     x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
-    torch.testing.assert_close(Moments(3).bn()(x), x)
+    torch.testing.assert_close(Moments(3).identity_bn()(x), x)
