@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,6 +33,8 @@ T = TypeVar("T")
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 DEFAULTS = runs.SlimConfig()
+PICTURES = (".png", ".svg", ".pdf")
+EXISTING = click.Path(exists=True, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -41,6 +44,8 @@ class _Commands(click.Group):
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **options: Any) -> Any:
         """Run a command and exit."""
+        # With a CUDA toolkit but no GPU, torch logs this whenever anything is compiled or timed.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         words = list(sys.argv[1:] if args is None else args)
         debug = "--debug" in words  # wherever it stands, before the command or behind it
         words = [word for word in words if word != "--debug"]
@@ -84,143 +89,116 @@ def progress_bar(iterable: Iterable[T], length: int, label: str) -> Iterator[T]:
         yield from bar
 
 
-def _options(*names: str) -> Callable[[Command], Command]:
-    """Put the named options of a run on a command, with their defaults and help."""
+def _options(*names: str, of_a_run: bool = False) -> Callable[[Command], Command]:
+    """Put the named options of a run on a command, with their help.
+
+    Their defaults are shown, unless the run that a command goes on with has values for them.
+    """
+    shown = {"show_default": False} if of_a_run else {}
     return lambda command: functools.reduce(
-        lambda done, name: OPTIONS[name](done), reversed(names), command
+        lambda done, name: click.option(
+            f"--{name.replace('_', '-')}", **{"show_default": True, **OPTIONS[name], **shown}
+        )(done),
+        reversed(names),
+        command,
     )
 
 
-OPTIONS: dict[str, Callable[[Any], Any]] = {
-    "model": click.option(
-        "--model",
-        default=DEFAULTS.model,
-        show_default=True,
-        help=f"{', '.join(model_names())}, torchvision:NAME or timm:NAME.",
-    ),
-    "weights": click.option(
-        "--weights",
-        type=EXISTING_FILE,
-        help="Trained weights of the model: a state dict (.pt, .safetensors). "
-        "Without them training starts from random weights.",
-    ),
-    "data": click.option(
-        "--data",
-        default=DEFAULTS.data,
-        show_default=True,
-        help="digits (built in), cifar10, cifar100, or folder:PATH with PATH/train/CLASS/* and "
+OPTIONS: dict[str, dict[str, Any]] = {
+    "model": {
+        "default": DEFAULTS.model,
+        "help": f"{', '.join(model_names())}, torchvision:NAME or timm:NAME.",
+    },
+    "weights": {
+        "type": EXISTING_FILE,
+        "help": "Trained weights of the model: a state dict (.pt, .safetensors). "
+        "Without them they are random.",
+    },
+    "data": {
+        "default": DEFAULTS.data,
+        "help": "digits (built in), cifar10, cifar100, or folder:PATH with PATH/train/CLASS/* and "
         "PATH/test/CLASS/* (or val).",
-    ),
-    "data_root": click.option(
-        "--data-root",
-        type=FOLDER,
-        default=DEFAULTS.data_root,
-        show_default=True,
-        help="Where cifar10 and cifar100 lie or are downloaded to.",
-    ),
-    "image_size": click.option(
-        "--image-size",
-        type=click.IntRange(min=1),
-        help="Resize images to this many pixels; by default they stay as they are.",
-    ),
-    "sparsity": click.option(
-        "--sparsity",
-        type=click.FloatRange(min=0),
-        default=DEFAULTS.sparsity,
-        show_default=True,
-        help="λ of the L1 penalty on the BN scales. The papers train for 200 epochs with "
-        "1e-4 to 1e-3; a short training needs more, about 3e-3 to 1e-2.",
-    ),
-    "threshold": click.option(
-        "--threshold",
-        type=click.FloatRange(min=0),
-        default=DEFAULTS.threshold,
-        show_default=True,
-        help="Channels whose scale |γ| is smaller go.",
-    ),
-    "cost": click.option(
-        "--cost",
-        type=click.Choice(["macs", "uniform"]),
-        default=DEFAULTS.cost,
-        show_default=True,
-        help="Penalise a channel by the multiply-adds that its removal saves, or all alike.",
-    ),
-    "epochs": click.option(
-        "--epochs",
-        type=click.IntRange(min=0),
-        default=DEFAULTS.epochs,
-        show_default=True,
-        help="Epochs of sparsity training.",
-    ),
-    "finetune_epochs": click.option(
-        "--finetune-epochs",
-        type=click.IntRange(min=0),
-        default=DEFAULTS.finetune_epochs,
-        show_default=True,
-        help="Epochs of fine-tuning under the masks.",
-    ),
-    "distill": click.option(
-        "--distill",
-        is_flag=True,
-        help="Fine-tune towards the outputs of the model with --weights too.",
-    ),
-    "lr": click.option(
-        "--lr",
-        type=click.FloatRange(min=0, min_open=True),
-        default=DEFAULTS.lr,
-        show_default=True,
-        help="Learning rate of the sparsity training.",
-    ),
-    "finetune_lr": click.option(
-        "--finetune-lr",
-        type=click.FloatRange(min=0, min_open=True),
-        default=DEFAULTS.finetune_lr,
-        show_default=True,
-        help="Learning rate of the fine-tuning.",
-    ),
-    "batch_size": click.option(
-        "--batch-size",
-        type=click.IntRange(min=1),
-        default=DEFAULTS.batch_size,
-        show_default=True,
-        help="Images a training step.",
-    ),
-    "seed": click.option(
-        "--seed",
-        type=click.IntRange(min=0),
-        default=DEFAULTS.seed,
-        show_default=True,
-        help="Of initial weights, data order and augmentation.",
-    ),
-    "device": click.option(
-        "--device",
-        default=DEFAULTS.device,
-        show_default=True,
-        help="cpu, cuda, …; auto takes a GPU if there is one.",
-    ),
-    "precision": click.option(
-        "--precision",
-        type=click.Choice(["auto", "float32", "bf16"]),
-        default=DEFAULTS.precision,
-        show_default=True,
-        help="Of training; auto takes bf16 where the hardware computes it.",
-    ),
-    "compile": click.option(
-        "--compile",
-        type=click.Choice(["auto", "off", "on"]),
-        default=DEFAULTS.compile,
-        show_default=True,
-        help="Compile the training step: faster after about a minute; auto does so in trainings "
+    },
+    "data_root": {
+        "type": FOLDER,
+        "default": DEFAULTS.data_root,
+        "help": "Where cifar10 and cifar100 lie or are downloaded to.",
+    },
+    "image_size": {
+        "type": click.IntRange(min=1),
+        "help": "Resize images to this many pixels; by default they stay as they are.",
+    },
+    "sparsity": {
+        "type": click.FloatRange(min=0),
+        "default": DEFAULTS.sparsity,
+        "help": "λ of the L1 penalty on the BN scales. The papers train for 200 epochs with "
+        "1e-4 to 1e-3; a short training needs more, about 2e-3 to 1e-2.",
+    },
+    "threshold": {
+        "type": click.FloatRange(min=0),
+        "default": DEFAULTS.threshold,
+        "help": "Channels whose scale |γ| is smaller go.",
+    },
+    "cost": {
+        "type": click.Choice(["macs", "uniform"]),
+        "default": DEFAULTS.cost,
+        "help": "Penalise a channel by the multiply-adds that its removal saves, or all alike.",
+    },
+    "epochs": {
+        "type": click.IntRange(min=0),
+        "default": DEFAULTS.epochs,
+        "help": "Epochs of sparsity training.",
+    },
+    "finetune_epochs": {
+        "type": click.IntRange(min=0),
+        "default": DEFAULTS.finetune_epochs,
+        "help": "Epochs of fine-tuning under the masks.",
+    },
+    "distill": {
+        "is_flag": True,
+        "help": "Fine-tune towards the outputs of the model that the run began with, too: "
+        "the one with --weights.",
+    },
+    "lr": {
+        "type": click.FloatRange(min=0, min_open=True),
+        "default": DEFAULTS.lr,
+        "help": "Learning rate of the sparsity training.",
+    },
+    "finetune_lr": {
+        "type": click.FloatRange(min=0, min_open=True),
+        "default": DEFAULTS.finetune_lr,
+        "help": "Learning rate of the fine-tuning.",
+    },
+    "batch_size": {
+        "type": click.IntRange(min=1),
+        "default": DEFAULTS.batch_size,
+        "help": "Images a training step.",
+    },
+    "seed": {
+        "type": click.IntRange(min=0),
+        "default": DEFAULTS.seed,
+        "help": "Of initial weights, data order and augmentation.",
+    },
+    "device": {
+        "default": DEFAULTS.device,
+        "help": "cpu, cuda, …; auto takes a GPU if there is one.",
+    },
+    "precision": {
+        "type": click.Choice(["auto", "float32", "bf16"]),
+        "default": DEFAULTS.precision,
+        "help": "Of training; auto takes bf16 where the hardware computes it.",
+    },
+    "compile": {
+        "type": click.Choice(["auto", "off", "on"]),
+        "default": DEFAULTS.compile,
+        "help": "Compile the training step: faster after about a minute; auto does so in trainings "
         "of 3000 steps and more where there is a C++ compiler.",
-    ),
-    "out": click.option(
-        "--out", type=FOLDER, default=Path("runs/slim"), show_default=True, help="Run folder."
-    ),
-    "resume": click.option(
-        "--resume",
-        is_flag=True,
-        help="Go on with the run in --out, behind its last whole epoch.",
-    ),
+    },
+    "out": {"type": FOLDER, "default": Path("runs/slim"), "help": "Run folder."},
+    "resume": {
+        "is_flag": True,
+        "help": "Go on with the run in --out, behind its last whole epoch.",
+    },
 }
 
 TASK = ("data", "data_root", "image_size")
@@ -286,31 +264,37 @@ def train(out: Path, resume: bool, **settings: Any) -> None:
 
 
 @main.command()
-@click.argument("run", type=click.Path(exists=True, path_type=Path))
+@click.argument("run", type=EXISTING)
 @_options("threshold")
 @click.option("--out", type=FOLDER, help="Folder to write.  [default: RUN/threshold-T]")
 def prune(run: Path, threshold: float, out: Path | None) -> None:
     """Select channels of a sparse RUN, convert and remove; seconds, and no training.
 
     RUN is a folder of `rmprune train` or its sparse.pt. Any number of thresholds can be tried
-    on one training; `rmprune finetune` goes on from each.
+    on one training; `rmprune finetune` goes on from each. Where all channels of a tensor lie
+    under the threshold, the one with the largest scale stays.
     """
     path = run / "sparse.pt" if run.is_dir() else run
     out = out or path.parent / f"threshold-{threshold:g}"
-    masked = runs.prune(runs.Checkpoint.load(path), threshold, out)
+    sparse = runs.Checkpoint.load(path)
+    if sparse.epoch < sparse.config.epochs:
+        click.echo(
+            f"rmprune: note: {path} has trained {sparse.epoch} of {sparse.config.epochs} epochs; "
+            "`rmprune train --resume` goes on",
+            err=True,
+        )
+    masked = runs.prune(sparse, threshold, out)
     _say_selection(masked)
     net = load(out / "pruned.safetensors")
     _say_size(net, out / "pruned.safetensors")
 
 
 @main.command()
-@click.argument("run", type=click.Path(exists=True, path_type=Path))
+@click.argument("run", type=EXISTING)
 @click.option("--plain", is_flag=True, help="Fine-tune a plain net: RUN is a .safetensors file.")
-@_options(
-    *TASK, "finetune_epochs", "distill", "finetune_lr", "batch_size", "seed", "device", "precision"
-)
-@_options("compile")
-@click.option("--out", type=FOLDER, help="Folder to write.  [default: where RUN lies]")
+@_options(*TASK, "finetune_epochs", "distill", "finetune_lr", "batch_size", "seed", of_a_run=True)
+@_options("device", "precision", "compile", of_a_run=True)
+@click.option("--out", type=FOLDER, help="Folder to write.  [default: the folder of RUN's files]")
 @_options("resume")
 def finetune(run: Path, plain: bool, out: Path | None, resume: bool, **settings: Any) -> None:
     """Fine-tune what `rmprune prune` wrote, under its masks, and save the plain net of it.
@@ -321,6 +305,12 @@ def finetune(run: Path, plain: bool, out: Path | None, resume: bool, **settings:
     Options that are not given are those of the run.
     """
     source = run / "masked.pt" if run.is_dir() and not plain else run
+    if not source.exists():
+        pruned = ", ".join(sorted(str(path.parent) for path in run.glob("*/masked.pt")))
+        raise UsageError(
+            f"{run} has no masked.pt; "
+            + (f"give one of {pruned}" if pruned else f"select channels first: rmprune prune {run}")
+        )
     folder = out or source.parent
     if plain:
         net = load(source)
@@ -414,10 +404,16 @@ def convert(
     MODEL is one of rmprune's own, torchvision:NAME or timm:NAME. Nothing is trained or
     removed. The two are compared in float64 before the net is saved.
     """
+    if min(image_shape) < 1:
+        raise UsageError(f"an image has at least one channel and pixel, not {image_shape}")
+    if plot is not None and plot.suffix not in PICTURES:
+        raise UsageError(f"--plot {plot}: the name must end in {', '.join(PICTURES)}")
     residual = create_model(model, num_classes=num_classes, weights=weights).eval()
     example = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
     net = convert_model(residual, example, **options)
     net.info["model"] = model
+    if weights is None:
+        click.echo("rmprune: note: without --weights the net's weights are random", err=True)
     save(net, out)
     ways = pd.DataFrame(net.info["carried"])
     if not ways.empty and (ways["mode"] != "as is").any():
@@ -430,46 +426,57 @@ def convert(
 
 
 @main.command(name="eval")
-@click.argument("net", required=False, type=EXISTING_FILE)
-@_options("model", "weights", *TASK, "device")
+@click.argument("net", required=False, type=EXISTING)
+@_options("model", "weights", *TASK, "device", of_a_run=True)
 def evaluate_(net: Path | None, device: str, **settings: Any) -> None:
     """Classify all test images, in float32.
 
-    NET is a plain net or a checkpoint of a run, and --data need not be given if it is the
-    data that NET was trained for. Without NET, --model and --weights name a model.
+    NET is a plain net, a checkpoint of a run or a run's folder (its net.safetensors), and
+    --data need not be given if it is the data that NET was trained for. Without NET, --model,
+    --weights and --data name a model and its data.
     """
     place = runs.pick_device(device)
+    given = _given(settings)
     if net is None:
+        if not {"weights", "data"} <= given.keys():
+            raise UsageError("name what to evaluate: NET, or --model, --weights and --data")
         config = _config(settings)
         data = _load(config)
         network: torch.nn.Module = create_model(
             config.model, num_classes=len(data.classes), weights=config.weights
         )
     else:
-        given = _given(settings)
         if given.keys() & {"model", "weights"}:
             raise UsageError("give either NET or --model and --weights, not both")
-        network, task, config = _open(net)
-        data = _load(dataclasses.replace(config, **given), task)
+        network, task, config = _open(_net_of(net))
+        if task is None and "data" not in given:
+            raise UsageError(f"{net} does not say what it was trained for; name it by --data")
+        config = dataclasses.replace(config, **given)
+        data = _load(config, task)
+    network.to(place).eval()
+    with torch.no_grad():
+        outputs = network(torch.zeros(1, *data.image_shape, device=place)).shape[1]
+    if outputs != len(data.classes):
+        raise UsageError(
+            f"the net has {outputs} outputs, but {config.data} has {len(data.classes)} classes"
+        )
     correct, images = evaluate(
-        network.to(place),
-        data.test,
-        mean=data.mean,
-        std=data.std,
-        device=place,
-        track=progress_bar,
+        network, data.test, mean=data.mean, std=data.std, device=place, track=progress_bar
     )
-    click.echo(f"{100 * correct / images:.2f} % ({correct} of {images} images)")
+    click.echo(f"{100 * correct / images:.2f} % ({correct} of {images} images of {config.data})")
 
 
 @main.command()
-@click.argument("file", type=EXISTING_FILE)
+@click.argument("file", type=EXISTING)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def inspect(file: Path, as_json: bool) -> None:
     """Show what became of every layer of a plain net, or of a run's checkpoint once plain.
 
-    Channels before and after removal, the reserved ones among them, parameters and MACs.
+    Channels before and after removal, parameters and MACs. Reserved channels, counted among
+    them, are those that carry a tensor past a block to where its shortcut was added. FILE may
+    be a run's folder, for its net.safetensors.
     """
+    file = _net_of(file)
     net = runs.deploy(runs.Checkpoint.load(file)) if file.suffix == ".pt" else load(file)
     table = reports.layer_table(net)
     if as_json:
@@ -477,6 +484,16 @@ def inspect(file: Path, as_json: bool) -> None:
         return
     click.echo(reports.as_text(table))
     _say_size(net, file)
+
+
+def _net_of(path: Path) -> Path:
+    """The file that a path names: of a run's folder, the net that came out."""
+    if not path.is_dir():
+        return path
+    net = path / "net.safetensors"
+    if not net.exists():
+        raise UsageError(f"{path} has no net.safetensors; name a file, or finish the run")
+    return net
 
 
 def _config(settings: dict[str, Any]) -> runs.SlimConfig:
@@ -521,8 +538,10 @@ def _begin(out: Path, resume: bool, config: runs.SlimConfig) -> Dataset:
     The folder must hold no other run, and with ``--resume`` may hold the same one.
     """
     found = runs.read_config(out)
-    if found is not None:
+    if found is not None and (out / "sparse.pt").exists():
         _check_same(found, config, out, resume)
+    elif resume:
+        click.echo(f"rmprune: note: {out} holds no run to resume; a new one begins", err=True)
     runs.pick_device(config.device)
     if config.weights is None:
         create_model(config.model)

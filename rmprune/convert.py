@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rmprune.carrying import Bound, Carrier, Carry, Interval, Way, carrying_activation
-from rmprune.errors import ConversionError
+from rmprune.errors import ConversionError, UsageError
 from rmprune.graph import GlobalMean, PadChannels, Subsample, trace
 from rmprune.layout import Downsample, Layout, weights_with_and_without_merging
 from rmprune.linear import Geometry, Rows, Value, add, concatenate, sorted_unique
@@ -100,6 +100,7 @@ def convert(
     Raises:
         ConversionError: The model is in training mode, has no residual block, or has a part
             that cannot be rewritten; nothing is left residual in silence.
+        UsageError: The model does not take the example input.
     """
     if any(module.training for module in model.modules()):
         raise ConversionError(
@@ -107,7 +108,7 @@ def convert(
         )
     with torch.no_grad():
         # The copy in float64 is gone before the plain net comes: memory is what large nets lack.
-        expected = trace(model).double()(example_input.double().clone())
+        expected = _outputs(trace(model).double(), example_input.double())
         steps = read(trace(model, copied=False))
         if not any(isinstance(step.op, Addition) for step in steps.steps):
             raise ConversionError(type(model).__name__, "the network has no residual block")
@@ -120,6 +121,17 @@ def convert(
         plain.info["float64_difference"] = _verify(expected, compiler.state)
     batches = list(calibration_batches)
     return calibrate_bn(plain, batches) if keep_bn and batches else plain
+
+
+def _outputs(model: nn.Module, example_input: Tensor) -> Tensor:
+    try:
+        outputs: Tensor = model(example_input.clone())  # a layer in place must not change it
+    except RuntimeError as error:
+        raise UsageError(
+            f"the model fails on an input of shape {tuple(example_input.shape)}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return outputs
 
 
 def _verify(expected: Tensor, found: Tensor) -> float:
@@ -395,7 +407,12 @@ class _Compiler:
     def _opaque(self, step: Step) -> None:
         """A layer that reads the whole state."""
         if not isinstance(step.op, nn.Module) or len(step.inputs) != 1:
-            raise ConversionError(step.name, f"{type(step.op).__name__} is not supported there")
+            raise ConversionError(
+                step.name,
+                f"{type(step.op).__name__.lower()} of a tensor outside of a squeeze-and-excitation "
+                "gate is not supported",
+                "what converts is a convolutional network with (N, C, H, W) throughout",
+            )
         if any(True for _ in step.op.children()):
             raise ConversionError(step.name, f"{type(step.op).__name__} is not a single layer")
         self._as_only_state(step.inputs[0], step.name)

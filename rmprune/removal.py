@@ -9,6 +9,7 @@ torch-pruning's functions.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -186,8 +187,8 @@ def _pads(layer: nn.Module) -> bool:
 
 
 def _switch_off(joints: list[_Joint], threshold: float) -> None:
-    if not threshold >= 0:
-        raise UsageError(f"the threshold must not be negative, but it is {threshold}")
+    if not 0 <= threshold < math.inf:
+        raise UsageError(f"the threshold must be finite and not negative, but it is {threshold}")
     for joint in joints:
         if joint.bn is None:
             raise PruningError(

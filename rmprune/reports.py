@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 
 from rmprune.data import Dataset
 from rmprune.measure import count_params, latency, layer_macs, measure
 from rmprune.plain import PlainNet, Width
-from rmprune.progress import Track, no_progress
+from rmprune.progress import T, Track, no_progress
 
 FORMATS = {
     "accuracy": ("accuracy", "{:.2%}"),
@@ -37,6 +39,9 @@ def compare(
 ) -> pd.DataFrame:
     """Measure nets side by side, their latencies in one run and in turn.
 
+    Latencies are those of deployment: every BN that directly follows a convolution is folded
+    into it first. Parameters and MACs are those of the nets as given.
+
     Args:
         models: By name, on the device of the example input; the first is the reference of
             the speed-ups.
@@ -50,10 +55,11 @@ def compare(
         ``macs`` (of one image), ``latency_ms`` (median, whole batch), ``latency_iqr_ms``,
         ``speedup`` over the first net.
     """
-    timings = latency(models, example_input, threads=threads)
+    deployed = {name: fuse(_in_evaluation_mode(model)) for name, model in models.items()}
+    timings = latency(deployed, example_input, threads=threads)
     rows = []
     for name, model in models.items():
-        report = measure(model, example_input, data, timed=False, track=track)
+        report = measure(model, example_input, data, timed=False, track=_named(track, name))
         rows.append(
             {
                 "model": name,
@@ -67,6 +73,19 @@ def compare(
     table = pd.DataFrame(rows)
     table["speedup"] = table["latency_ms"].iloc[0] / table["latency_ms"]
     return table
+
+
+def _in_evaluation_mode(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).eval()
+
+
+def _named(track: Track, name: str) -> Track:
+    """A display that says which net it is about."""
+
+    def named(iterable: Iterable[T], length: int, label: str) -> Iterable[T]:
+        return track(iterable, length, f"{label}: {name}")
+
+    return named
 
 
 def environment(threads: int) -> dict[str, Any]:

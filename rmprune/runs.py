@@ -13,6 +13,7 @@ all that is needed to build its model again, so that every stage can be run by i
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,10 @@ class SlimConfig:
 
     def __post_init__(self) -> None:
         for name in ("sparsity", "threshold"):
-            if not getattr(self, name) >= 0:
-                raise UsageError(f"{name} must not be negative, but it is {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(
+                    f"{name} must be finite and not negative, but it is {getattr(self, name)}"
+                )
         if self.distill and self.weights is None:
             raise UsageError("to distill, name the trained weights to learn from: --weights")
 
@@ -370,17 +373,13 @@ def report(
     data: Dataset,
     track: Track = no_progress,
 ) -> pd.DataFrame:
-    """Measure the residual model, its plain net and the pruned net; write table and picture.
-
-    Without ``weights`` the residual model is the one that sparsity training gave.
-    """
+    """Measure the model at the begin, after both trainings, and pruned; write table and picture."""
     config = sparse.config
     net = load(folder / "net.safetensors")
-    residual: nn.Module = sparse.build()
-    if config.weights is not None:
-        residual = _trained_model(config, len(data.classes))
+    original = _trained_model(config, len(data.classes)).eval()
     models = {
-        "residual, before": residual.eval(),
+        "residual, untrained" if config.weights is None else "residual, as given": original,
+        "residual, after sparsity training": sparse.build(),
         "residual, fine-tuned under masks": finetuned.build(),
         "plain, pruned": net,
     }

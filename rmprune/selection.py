@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -56,8 +57,8 @@ def select(slim: fx.GraphModule, threshold: float) -> Masks:
         PruningError: A block has no shortcut BN, or its last convolution has no BN.
         ConversionError: The model is no chain of residual blocks.
     """
-    if not threshold >= 0:
-        raise UsageError(f"the threshold must not be negative, but it is {threshold}")
+    if not 0 <= threshold < math.inf:
+        raise UsageError(f"the threshold must be finite and not negative, but it is {threshold}")
     selection = _Selection(threshold)
     for item in parse(slim).items:
         if isinstance(item, Block):

@@ -291,7 +291,8 @@ def _atomic(path: Path | str) -> Iterator[BinaryIO]:
             raise
         if cause.errno in _NO_SPACE:
             raise StoreError(
-                f"no space left to write {path}: {kept}; free some space and try again"
+                f"no space left to write {path} ({cause.strerror}): {kept}; free some space, or "
+                "raise the limit, and try again"
             ) from error
         raise StoreError(f"cannot write {path}: {cause.strerror or cause}; {kept}") from error
     finally:

@@ -68,7 +68,7 @@ class TrainingConfig:
         for name, least in limits.items():
             value = getattr(self, name)
             if not (value >= least and math.isfinite(value)):
-                raise UsageError(f"{name} must be at least {least}, but it is {value}")
+                raise UsageError(f"{name} must be finite and at least {least}, but it is {value}")
 
 
 @dataclass(frozen=True)
@@ -215,15 +215,14 @@ def fit(
     steps = batch_count(data.train, config.batch_size)
     compiled = is_compiled(config, config.epochs * steps)
     loss_of = _loss_function(model, teacher, config, device, dtype, compiled)
-    results = []
+    results: list[EpochResult] = []
     for epoch in range(first_epoch, config.epochs):
         model.train()
         torch.manual_seed(_mixed(config.seed, epoch))  # dropout draws from the global generator
-        batches = track(
-            _epoch_batches(data, config, epoch, device),
-            steps,
-            f"epoch {epoch + 1}/{config.epochs}",
-        )
+        label = f"epoch {epoch + 1}/{config.epochs}"
+        if results:
+            label += f", accuracy {results[-1].test_accuracy:.1%}"
+        batches = track(_epoch_batches(data, config, epoch, device), steps, label)
         rates = [
             learning_rate(config, epoch * steps + step, config.epochs * steps)
             for step in range(steps)

@@ -1,5 +1,6 @@
 """What a user types and sees: every command, every error in one line with its status."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from click.testing import CliRunner
 import rmprune
 from rmprune.cli import main
 from rmprune.models import create_model
+from rmprune.runs import Checkpoint
 from rmprune.store import load
 
 README = Path(__file__).parents[1] / "README.md"
@@ -96,7 +98,7 @@ def test_the_stages_one_by_one(image_folder, tmp_path):
     fail(2, "--batch-size was 16", "finetune", masked, "--resume", "--batch-size", 8)
     net = masked / "net.safetensors"
     accuracy = succeed("eval", net)
-    assert re.fullmatch(r"(evaluate\n)?\d+\.\d\d % \(\d+ of \d+ images\)\n", accuracy)
+    assert re.fullmatch(r"(evaluate\n)?\d+\.\d\d % \(\d+ of \d+ images of .*\)\n", accuracy)
     assert succeed("eval", masked / "finetuned.pt").splitlines()[-1] == accuracy.splitlines()[-1]
     succeed("finetune", "--plain", net, *words)
     assert (masked / "net-finetuned.safetensors").exists()
@@ -137,7 +139,46 @@ def test_convert_tells_how_channels_are_carried(tmp_path):
 
 def test_eval_of_a_model(weights, image_folder):
     data = ["--data", f"folder:{image_folder}"]
-    assert "images)" in succeed("eval", "--weights", weights, *data)
+    assert "images of folder:" in succeed("eval", "--weights", weights, *data)
+
+
+def test_eval_refuses_to_guess(weights, image_folder, tmp_path):
+    fail(2, "name what to evaluate", "eval")
+    fail(2, "name what to evaluate", "eval", "--weights", weights)
+    net = tmp_path / "net.safetensors"
+    succeed("convert", "resnet20", "--weights", weights, "--num-classes", 3, "--out", net)
+    fail(2, "does not say what it was trained for", "eval", net)
+    fail(2, "3 outputs, but digits has 10 classes", "eval", net, "--data", "digits")
+    assert "of 7 images" in succeed("eval", net, "--data", f"folder:{image_folder}")
+
+
+def test_a_run_folder_stands_for_its_net(run, tmp_path):
+    out, _ = run
+    assert succeed("eval", out).endswith(succeed("eval", out / "net.safetensors"))
+    assert "linear" in succeed("inspect", out)
+    fail(2, "has no net.safetensors", "inspect", tmp_path)
+
+
+def test_an_unfinished_training_is_named(image_folder, tmp_path):
+    out = tmp_path / "run"
+    data = ["--data", f"folder:{image_folder}", "--precision", "float32"]
+    succeed("train", *data, "--epochs", 1, "--out", out)
+    checkpoint = Checkpoint.load(out / "sparse.pt")
+    config = dataclasses.replace(checkpoint.config, epochs=3)
+    dataclasses.replace(checkpoint, config=config).save(out / "sparse.pt")
+    assert "has trained 1 of 3 epochs" in call("prune", out).output
+    fail(2, "has no masked.pt; give one of .*threshold-0.005", "finetune", out)
+
+
+def test_a_folder_without_a_checkpoint_holds_no_run(image_folder, tmp_path):
+    """A first write that failed must not stand in the way of the next try."""
+    out = tmp_path / "run"
+    data = ["--data", f"folder:{image_folder}", "--precision", "float32"]
+    words = ["train", *data, "--epochs", 0, "--out", out]
+    succeed(*words)
+    (out / "sparse.pt").unlink()
+    succeed(*words)
+    assert "holds no run to resume" in call(*words[:-1], tmp_path / "typo", "--resume").output
 
 
 def test_eval_of_other_data(run):
@@ -165,7 +206,21 @@ WRONG_USE = {
     "negative threshold": (["slim", "--threshold", "-0.1"], "--threshold"),
     "no learning rate": (["slim", "--lr", "0"], "--lr"),
     "unknown model": (["slim", "--model", "resnet21"], "resnet21.*resnet20"),
-    "unknown torchvision model": (["eval", "--model", "torchvision:resnet19"], "resnet18"),
+    "unknown torchvision model": (["train", "--model", "torchvision:resnet19"], "resnet18"),
+    "infinite sparsity": (["slim", "--sparsity", "inf"], "sparsity must be finite"),
+    "infinite learning rate": (["slim", "--lr", "inf"], "lr must be finite"),
+    "an image of nothing": (
+        ["convert", "resnet20", "--image-shape", "3", "0", "32", "--out", "net"],
+        "at least one channel and pixel",
+    ),
+    "an image of one channel": (
+        ["convert", "resnet20", "--image-shape", "1", "32", "32", "--out", "net"],
+        "fails on an input of shape",
+    ),
+    "unknown kind of picture": (
+        ["convert", "resnet20", "--plot", "net.xyz", "--out", "net"],
+        "must end in .png, .svg, .pdf",
+    ),
     "unknown data": (["slim", "--data", "mnist"], "unknown data 'mnist'; known: digits"),
     "unknown cost": (["slim", "--cost", "watts"], "'macs', 'uniform'"),
     "unknown device": (["slim", "--device", "warp"], "device 'warp' cannot be used here"),
@@ -191,7 +246,9 @@ def test_failures_are_status_1_and_one_line(image_folder, weights, tmp_path, mon
     fail(1, "cannot load .*is not there|no such file", "prune", tmp_path)
     data = ["--data", f"folder:{image_folder}"]
     fail(1, "resnet18", "eval", "--model", "resnet18", "--weights", weights, *data)
-    fail(1, "10", "eval", "--weights", weights)
+    fail(1, "10", "eval", "--weights", weights, "--data", "digits")
+    Path("text.pt").write_text("# a text")
+    fail(1, "no file of torch.save", "convert", "resnet20", "--weights", "text.pt", "--out", "net")
     (tmp_path / "net.safetensors").write_bytes(b"\x80\x04K\x01.123456")
     fail(1, "pickle.*nothing in it was executed", "inspect", "net.safetensors")
     torch.save({"x": torch.zeros(1)}, "x.pt")

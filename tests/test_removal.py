@@ -203,7 +203,7 @@ def test_a_layer_without_living_channels_keeps_one_and_warns():
 
 def test_negative_threshold():
     plain = convert(create_model("resnet20").eval(), X.float())
-    with pytest.raises(UsageError, match="the threshold must not be negative"):
+    with pytest.raises(UsageError, match="the threshold must be finite and not negative"):
         prune(plain, -1)
 
 

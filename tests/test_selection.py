@@ -181,7 +181,7 @@ def test_masks_of_another_model():
 
 @pytest.mark.parametrize("threshold", [-1e-9, float("nan")])
 def test_thresholds_that_are_none(threshold):
-    with pytest.raises(UsageError, match="the threshold must not be negative"):
+    with pytest.raises(UsageError, match="the threshold must be finite and not negative"):
         select(slimmable(create_model("resnet20")), threshold)
 
 

@@ -629,7 +629,8 @@ def test_a_failed_sync_leaves_the_old_file(writer, existed, tmp_path, monkeypatc
         WRITERS[writer](path)
     kept = "the previous file is untouched" if existed else "nothing was written"
     assert str(caught.value) == (
-        f"no space left to write {path}: {kept}; free some space and try again"
+        f"no space left to write {path} (No space left on device): {kept}; free some space, or "
+        "raise the limit, and try again"
     )
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"] * existed
 
@@ -651,7 +652,7 @@ def test_a_limit_of_the_system_leaves_the_old_file(writer, tmp_path):
     command = [sys.executable, "-c", code, writer, path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"no space left to write {path}: the previous file is untouched")
+    assert done.stdout.startswith(f"no space left to write {path} (File too large): the previous")
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
 
 

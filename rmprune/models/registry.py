@@ -122,7 +122,8 @@ def _read_torch(path: Path) -> Any:
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can raise nearly anything
-        if "Unsupported" in str(error):
+        head = path.read_bytes()[:4]
+        if "Unsupported" in str(error) and head.startswith((b"PK", b"\x80")):
             raise WeightsError(
                 f"{path} holds Python objects, and loading them could run code, so nothing was"
                 " loaded; save model.state_dict() instead of the model"
