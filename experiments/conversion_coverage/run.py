@@ -118,6 +118,7 @@ def as_markdown(table: pd.DataFrame) -> str:
         for key in ("params", "plain_params", "macs", "plain_macs"):
             row[key] = f"{row[key] / 1e6:.2f}"
         row["additions"] = f"{row['additions']:.0f}"
+        row["carried"] = row["carried"] if isinstance(row["carried"], str) else "nothing"
         lines.append(f"| {' | '.join(str(row[key]) for key in COLUMNS)} |")
     others = table[table["result"] != "converted"].to_dict("records")
     lines += ["", *(f"- `{row['model']}`: {row['result']}" for row in others)]
