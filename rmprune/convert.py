@@ -193,7 +193,7 @@ class _Compiler:
         while waiting:
             step = self._next_linear(waiting) or self._next_other(waiting)
             waiting.remove(step)
-        self._as_only_state(self.steps.result, "output")
+        self._as_only_state(self.steps.result, "output", "the output")
         channels, height, width = self.input_shape
         net = PlainNet(self.layers, (channels, height, width), self.widths)
         net.info["carried"] = self.carrier.log
@@ -388,13 +388,13 @@ class _Compiler:
             if other is not node or self.readers[node] > 1
         }
 
-    def _as_only_state(self, node: fx.Node, name: str) -> None:
+    def _as_only_state(self, node: fx.Node, name: str, reader: str) -> None:
         """Write what is needed for the state to be a tensor and nothing else."""
         others = self._others(node)
         if others:
             raise ConversionError(
                 name,
-                f"it acts on a whole tensor while {next(iter(others)).name!r} is needed later",
+                f"{reader} reads a whole tensor while {next(iter(others)).name!r} is needed later",
                 "only convolutions, activations and gates can stand inside a residual block",
             )
         if self.state.ndim != 4:
@@ -415,7 +415,7 @@ class _Compiler:
             )
         if any(True for _ in step.op.children()):
             raise ConversionError(step.name, f"{type(step.op).__name__} is not a single layer")
-        self._as_only_state(step.inputs[0], step.name)
+        self._as_only_state(step.inputs[0], step.name, type(step.op).__name__)
         if isinstance(step.op, GlobalMean):
             self._emit(step.name, nn.AdaptiveAvgPool2d(1))
             self._emit(f"{step.name}_flatten", nn.Flatten())

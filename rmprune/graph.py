@@ -259,7 +259,7 @@ def _is_pointwise(conv: nn.Conv2d) -> bool:
 
 def is_identity(module: nn.Module) -> bool:
     """Whether a module does nothing in evaluation mode."""
-    return isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d)
+    return isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd)
 
 
 def as_layer(graph_module: fx.GraphModule, node: fx.Node) -> Layer:

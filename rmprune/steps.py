@@ -132,7 +132,7 @@ def _matrix(op: object, channels: int) -> Tensor | None:
             return op.weight.detach().double()[:, :, 0, 0]
         case nn.Conv1d(in_channels=1, out_channels=1, padding=(int(padding),), stride=(1,)):
             taps = op.weight.detach().double()[0, 0]  # along the channels: one weight a diagonal
-            index = torch.arange(channels)
+            index = torch.arange(channels, device=taps.device)
             tap = index[None, :] - index[:, None] + padding
             inside = (tap >= 0) & (tap < len(taps))
             return torch.where(inside, taps[tap.clamp(0, len(taps) - 1)], 0)

@@ -229,15 +229,15 @@ REFUSALS = {
     ),
     "GroupNorm": (
         lambda: block(conv(), nn.GroupNorm(2, 4), nn.ReLU(), conv()),
-        "'2.body.1'.*whole tensor",
+        "'2.body.1'.*GroupNorm reads a whole tensor",
     ),
     "LayerNorm": (
         lambda: block(conv(), nn.LayerNorm([4, 13, 10]), conv()),
-        "'2.body.1'.*whole tensor",
+        "'2.body.1'.*LayerNorm reads a whole tensor",
     ),
     "max pooling": (
         lambda: block(conv(), nn.MaxPool2d(3, 1, 1), conv()),
-        "'2.body.1'.*whole tensor",
+        "'2.body.1'.*MaxPool2d reads a whole tensor",
     ),
     "no statistics": (
         lambda: block(conv(), nn.BatchNorm2d(4, track_running_stats=False), conv()),
