@@ -162,10 +162,10 @@ def test_bf16_trains(tiny):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": -1}, "epochs must be at least 0, but it is -1"),
-        ({"epochs": 1, "batch_size": 0}, "batch_size must be at least 1"),
-        ({"epochs": 1, "lr": float("nan")}, "lr must be at least 0, but it is nan"),
-        ({"epochs": 1, "seed": -3}, "seed must be at least 0"),
+        ({"epochs": -1}, "epochs must be finite and at least 0, but it is -1"),
+        ({"epochs": 1, "batch_size": 0}, "batch_size must be finite and at least 1"),
+        ({"epochs": 1, "lr": float("nan")}, "lr must be finite and at least 0, but it is nan"),
+        ({"epochs": 1, "seed": -3}, "seed must be finite and at least 0"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message):
