@@ -146,12 +146,6 @@ def fold_shortcut(modules: Sequence[nn.Module], channels: int, like: Tensor) -> 
     return Affine(weight, bias, stride, scale, bias if rest is None else rest)
 
 
-def at_centre(matrix: Tensor, kernel_size: int) -> Tensor:
-    """A matrix ``(out, in)`` as a kernel ``(out, in, k, k)`` that is zero off its centre tap."""
-    half = kernel_size // 2
-    return nn.functional.pad(matrix[:, :, None, None], (half, half, half, half))
-
-
 class Moments:
     """Mean and variance of every channel over any number of batches, summed in float64.
 

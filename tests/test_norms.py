@@ -8,7 +8,7 @@ from strategies import scramble
 from torch import nn
 
 from rmprune.graph import PadChannels, Subsample
-from rmprune.norms import Moments, at_centre, fold_shortcut, norm_of, norm_of_bn, normalised
+from rmprune.norms import Moments, fold_shortcut, norm_of, norm_of_bn, normalised
 
 
 @st.composite
@@ -76,13 +76,6 @@ def test_normalised_splits_exactly():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     assert torch.equal(norm.gamma, scale)
     assert torch.equal(norm.beta, rest)
-
-
-def test_at_centre_is_a_pointwise_convolution():
-    matrix = torch.randn(4, 3, dtype=torch.float64)
-    x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
-    found = nn.functional.conv2d(x, at_centre(matrix, 5), padding=2)
-    torch.testing.assert_close(found, torch.einsum("oi,nihw->nohw", matrix, x))
 
 
 def test_moments_over_batches_of_different_sizes():
