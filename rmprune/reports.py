@@ -155,10 +155,18 @@ def _kernel(module: nn.Module | None) -> str:
 
 
 def as_text(table: pd.DataFrame) -> str:
-    """A table for a terminal, with figures in readable units."""
+    """A table for a terminal, with figures in readable units.
+
+    A column and its ``…_before`` become one: ``before → now``.
+    """
     shown = pd.DataFrame()
     for column in table.columns:
         title, form = FORMATS.get(column, (column.replace("_", " "), "{}"))
         values = table[column] / 1e6 if column == "macs" else table[column]
-        shown[title] = ["–" if pd.isna(value) else form.format(value) for value in values]
+        texts = ["–" if pd.isna(value) else form.format(value) for value in values]
+        if f"{column}_before" in table:
+            before = table[f"{column}_before"]
+            texts = [f"{old} → {new}" for old, new in zip(before, texts, strict=True)]
+        if not column.endswith("_before"):
+            shown[title] = texts
     return shown.to_string(index=False)

@@ -108,7 +108,7 @@ def test_the_stages_one_by_one(image_folder, tmp_path):
 def test_inspect(run):
     out, _ = run
     text = succeed("inspect", out / "net.safetensors")
-    for word in ("layer", "channels before", "reserved", "params", "MMACs", "linear"):
+    for word in ("layer", "channels", "64 → ", "reserved", "params", "MMACs", "linear"):
         assert word in text
     value = json.loads(succeed("inspect", "--json", out / "net.safetensors"))
     assert value["info"]["model"] == "resnet20"
