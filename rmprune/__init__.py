@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from rmprune.convert import convert
 from rmprune.errors import RmpruneError
+from rmprune.lowering import lower
 from rmprune.measure import measure
 from rmprune.models import create_model
 from rmprune.removal import prune
@@ -18,6 +19,7 @@ __all__ = [
     "convert",
     "create_model",
     "load",
+    "lower",
     "measure",
     "prune",
     "save",

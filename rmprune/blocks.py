@@ -37,6 +37,12 @@ def channel_guards(chain: Chain) -> dict[str, tuple[str, ...]]:
     return guards
 
 
+def inner_bns(chain: Chain) -> set[str]:
+    """Paths of the BNs of channels that stay inside of a block's body."""
+    units = (split_units(block.body)[:-1] for block in chain.blocks)
+    return {unit.bn.name for body in units for unit in body if unit.bn is not None}
+
+
 @dataclass(frozen=True)
 class Unit:
     """A convolution with what follows it in a block's body."""

@@ -16,7 +16,8 @@ import click
 import pandas as pd
 import torch
 
-from rmprune import __version__, reports, runs
+from rmprune import __version__, backends, reports, runs
+from rmprune import sweep as sweeps
 from rmprune.convert import convert as convert_model
 from rmprune.data import Dataset, load_data
 from rmprune.errors import RmpruneError, UsageError
@@ -24,9 +25,11 @@ from rmprune.graph import trace
 from rmprune.measure import evaluate
 from rmprune.models import create_model, model_names
 from rmprune.plain import PlainNet
-from rmprune.plots import plot_conversion
+from rmprune.plots import plot_conversion, plot_sweep
 from rmprune.steps import read
 from rmprune.store import load, save
+from rmprune.sweep import METHODS, Method
+from rmprune.targets import TOLERANCE, Target
 from rmprune.training import total_step_size
 
 T = TypeVar("T")
@@ -36,6 +39,7 @@ DEFAULTS = runs.SlimConfig()
 PICTURES = (".png", ".svg", ".pdf")
 EXISTING = click.Path(exists=True, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
@@ -139,10 +143,58 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "default": DEFAULTS.threshold,
         "help": "Channels whose scale |γ| is smaller go.",
     },
+    "target": {
+        "metavar": "KIND=VALUE",
+        "help": "Instead of a threshold: latency=0.5, macs=0.3 or params=0.2, shares of the "
+        "original residual model's, or accuracy-drop=0.5, percentage points on held-out training "
+        "images (--holdout). Channels go by their scale over what their removal saves.",
+    },
+    "round_to": {
+        "type": click.IntRange(min=1),
+        "default": DEFAULTS.round_to,
+        "help": "Keep so many channels that widths are multiples of this: 8 or 16 for SIMD.",
+    },
+    "prune_steps": {
+        "type": click.IntRange(min=1),
+        "default": DEFAULTS.prune_steps,
+        "help": "Reach the target in this many steps, with fine-tuning behind each.",
+    },
+    "schedule": {
+        "type": click.Choice(["constant", "warmup", "ramp"]),
+        "default": DEFAULTS.schedule,
+        "help": "Let the penalty act from the begin, or rise over the first tenth or half.",
+    },
     "cost": {
-        "type": click.Choice(["macs", "uniform"]),
+        "type": click.Choice(["macs", "params", "latency", "uniform"]),
         "default": DEFAULTS.cost,
-        "help": "Penalise a channel by the multiply-adds that its removal saves, or all alike.",
+        "help": "Penalise a channel by the multiply-adds, parameters or measured time that its "
+        "removal saves, or all alike.",
+    },
+    "lowering": {
+        "type": click.Choice(["plain", "auto"]),
+        "default": DEFAULTS.lowering,
+        "help": "plain: no additions in the net. auto: a block may have one again where that is "
+        "faster on the backend.",
+    },
+    "backend": {
+        "type": click.Choice(["torch", "onnxruntime"]),
+        "default": DEFAULTS.backend,
+        "help": "What the net shall run on, for all that is measured.",
+    },
+    "threads": {
+        "type": click.IntRange(min=1),
+        "default": DEFAULTS.threads,
+        "help": "CPU threads for latencies.",
+    },
+    "latency_batch": {
+        "type": click.IntRange(min=1),
+        "default": DEFAULTS.latency_batch,
+        "help": "Images at once for latencies.",
+    },
+    "holdout": {
+        "type": click.FloatRange(min=0, max=1, max_open=True),
+        "default": DEFAULTS.holdout,
+        "help": "Share of the training images that no training sees, for accuracy-drop.",
     },
     "epochs": {
         "type": click.IntRange(min=0),
@@ -156,7 +208,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "distill": {
         "is_flag": True,
-        "help": "Fine-tune towards the outputs of the model that the run began with, too: "
+        "help": "Train towards the outputs of the model that the run began with, too: "
         "the one with --weights.",
     },
     "lr": {
@@ -203,6 +255,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 TASK = ("data", "data_root", "image_size")
 TRAINING = ("lr", "batch_size", "seed", "device", "precision", "compile")
+SPARSITY = ("sparsity", "schedule", "cost", "holdout", "distill")
+PLATFORM = ("lowering", "backend", "threads", "latency_batch")
+BUDGET = ("threshold", "target", "round_to")
 
 
 @click.group(
@@ -228,11 +283,8 @@ def main(debug: bool) -> None:
 
 
 @main.command()
-@_options("model", "weights", *TASK, "sparsity", "threshold", "cost", "epochs", "finetune_epochs")
-@_options("distill")
-@_options(
-    "lr", "finetune_lr", "batch_size", "seed", "device", "precision", "compile", "out", "resume"
-)
+@_options("model", "weights", *TASK, *SPARSITY, *BUDGET, "prune_steps", *PLATFORM)
+@_options("epochs", "finetune_epochs", "finetune_lr", *TRAINING, "out", "resume")
 def slim(out: Path, resume: bool, **settings: Any) -> None:
     """Run the whole pipeline: train, select, fine-tune under masks, convert, remove, measure.
 
@@ -240,18 +292,18 @@ def slim(out: Path, resume: bool, **settings: Any) -> None:
     metrics.csv, config.json and the checkpoints.
     """
     config = _config(settings)
+    _check_budget(settings)
     data = _begin(out, resume, config)
     sparse = runs.train(out, config, data, progress_bar)
-    masked = runs.prune(sparse, config.threshold, out)
-    _say_selection(masked)
-    finished = runs.finetune(out, masked, config, data, progress_bar)
+    finished = runs.prune_and_finetune(out, sparse, config, data, progress_bar)
+    _say_selection(finished)
     table = runs.report(out, sparse, finished, data, progress_bar)
     click.echo(reports.as_text(table))
     click.echo(f"saved {out / 'net.safetensors'}, report.csv and run.png beside it")
 
 
 @main.command()
-@_options("model", "weights", *TASK, "sparsity", "cost", "epochs", *TRAINING, "out", "resume")
+@_options("model", "weights", *TASK, *SPARSITY, *PLATFORM, "epochs", *TRAINING, "out", "resume")
 def train(out: Path, resume: bool, **settings: Any) -> None:
     """Train for sparsity alone; `rmprune prune` goes on from it.
 
@@ -265,28 +317,41 @@ def train(out: Path, resume: bool, **settings: Any) -> None:
 
 @main.command()
 @click.argument("run", type=EXISTING)
-@_options("threshold")
-@click.option("--out", type=FOLDER, help="Folder to write.  [default: RUN/threshold-T]")
-def prune(run: Path, threshold: float, out: Path | None) -> None:
+@_options("threshold", "target", "round_to")
+@_options(*PLATFORM, "data", "data_root", of_a_run=True)
+@click.option(
+    "--out", type=FOLDER, help="Folder to write.  [default: RUN/threshold-T or RUN/KIND-VALUE]"
+)
+def prune(run: Path, out: Path | None, **settings: Any) -> None:
     """Select channels of a sparse RUN, convert and remove; seconds, and no training.
 
-    RUN is a folder of `rmprune train` or its sparse.pt. Any number of thresholds can be tried
-    on one training; `rmprune finetune` goes on from each. Where all channels of a tensor lie
-    under the threshold, the one with the largest scale stays.
+    RUN is a folder of `rmprune train` or its sparse.pt; a finetuned.pt is pruned further. Any
+    number of thresholds and targets can be tried on one training; `rmprune finetune` goes on
+    from each. Where all channels of a tensor lie under the threshold, the one with the largest
+    scale stays. Options that are not shown with a default are those of the run.
     """
     path = run / "sparse.pt" if run.is_dir() else run
-    out = out or path.parent / f"threshold-{threshold:g}"
-    sparse = runs.Checkpoint.load(path)
-    if sparse.epoch < sparse.config.epochs:
+    _check_budget(settings)
+    start = runs.Checkpoint.load(path)
+    budget = {"threshold": settings["threshold"], "target": settings["target"], "prune_steps": 1}
+    config = dataclasses.replace(start.config, **{**_given(settings), **budget})
+    level = f"threshold-{config.threshold:g}"
+    if config.target is not None:
+        level = config.target.replace("=", "-")
+    out = out or path.parent / level
+    if start.stage == "sparse" and start.epoch < start.config.epochs:
         click.echo(
-            f"rmprune: note: {path} has trained {sparse.epoch} of {sparse.config.epochs} epochs; "
+            f"rmprune: note: {path} has trained {start.epoch} of {start.config.epochs} epochs; "
             "`rmprune train --resume` goes on",
             err=True,
         )
-    masked = runs.prune(sparse, threshold, out)
+    masked = runs.prune(start, config, out, _load(config, start.task))
     _say_selection(masked)
-    net = load(out / "pruned.safetensors")
-    _say_size(net, out / "pruned.safetensors")
+    _say_size(load(out / "pruned.safetensors"), out / "pruned.safetensors")
+    kind = "" if config.target is None else Target.parse(config.target).kind
+    if kind in TOLERANCE:
+        ratio = runs.deployed_ratio(kind, masked, load(out / "pruned.safetensors"))
+        click.echo(f"{kind}: {ratio:.3f} of the original {config.model}'s")
 
 
 @main.command()
@@ -425,6 +490,167 @@ def convert(
         click.echo(f"drew {plot}")
 
 
+@main.command()
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    default=(DEFAULTS.model,),
+    show_default=True,
+    help="As in slim; may be given several times.",
+)
+@click.option(
+    "--weights", type=EXISTING_FILE, multiple=True, help="Trained weights, one file for each model."
+)
+@click.option(
+    "--method",
+    "methods",
+    type=click.Choice(METHODS),
+    multiple=True,
+    default=("rm",),
+    show_default=True,
+    help="rm: rmprune itself. slimming: inner channels of the residual network only. Others: "
+    "Torch-Pruning's pruners. May be given several times.",
+)
+@click.option(
+    "--sparsity",
+    "sparsities",
+    type=click.FloatRange(min=0),
+    multiple=True,
+    required=True,
+    help="λ, of the rivals reg; may be given several times.",
+)
+@click.option(
+    "--threshold",
+    "thresholds",
+    type=click.FloatRange(min=0),
+    multiple=True,
+    help="Prune to it; may be given several times.",
+)
+@click.option(
+    "--target",
+    "targets",
+    metavar="KIND=VALUE",
+    multiple=True,
+    help="Prune to it, as in prune; may be given several times.",
+)
+@click.option(
+    "--seed",
+    "seeds",
+    type=click.IntRange(min=0),
+    multiple=True,
+    default=(0,),
+    show_default=True,
+    help="May be given several times.",
+)
+@_options(*TASK, "schedule", "cost", "holdout", "distill", "round_to", "prune_steps", *PLATFORM)
+@_options("epochs", "finetune_epochs", "finetune_lr", "lr", "batch_size", "device", "precision")
+@_options("compile", "out", "resume")
+def sweep(
+    models: tuple[str, ...],
+    weights: tuple[Path, ...],
+    methods: tuple[Method, ...],
+    sparsities: tuple[float, ...],
+    thresholds: tuple[float, ...],
+    targets: tuple[str, ...],
+    seeds: tuple[int, ...],
+    out: Path,
+    resume: bool,
+    **settings: Any,
+) -> None:
+    """Train, prune and fine-tune many nets, by rmprune and by its rivals, and time all in one run.
+
+    One training serves all thresholds and targets of its method, sparsity and seed. The folder
+    gets results.csv (a row a net, as soon as it is finished), latencies.csv, and the nets.
+    `rmprune plot` draws them. A stopped sweep goes on with --resume; so does one with more
+    values than before.
+    """
+    if weights and len(weights) != len(models):
+        raise UsageError(f"{len(models)} models need {len(models)} --weights, not {len(weights)}")
+    files: list[str | None] = [str(path) for path in weights]
+    files = files or [None] * len(models)
+    config = _config({**settings, "weights": files[0], "model": models[0]})
+    plan = sweeps.Sweep(
+        config,
+        tuple(zip(models, files, strict=True)),
+        methods,
+        sparsities,
+        (*(f"threshold={value:g}" for value in thresholds), *targets),
+        seeds,
+    )
+    if (out / "results.csv").exists() and not resume:
+        raise UsageError(f"{out} holds a sweep; --resume goes on with it, or name another --out")
+    data = _load(config)
+    sweeps.run(out, plan, data, progress_bar, click.echo)
+    places = [
+        backends.Platform(backend, config.threads, batch)
+        for backend in backends.installed()
+        for batch in (1, 64)
+    ]
+    sweeps.time_all(out, places, runs.Task.of(data), click.echo)
+    failed = int(sweeps.results(out)["error"].notna().sum())
+    click.echo(f"wrote {out / 'results.csv'} and latencies.csv; {failed} points failed")
+
+
+@main.command()
+@click.argument("folders", metavar="SWEEP...", type=EXISTING_FOLDER, nargs=-1, required=True)
+@click.option(
+    "--backend",
+    type=click.Choice(["torch", "onnxruntime"]),
+    default="onnxruntime",
+    show_default=True,
+    help="Whose latencies.",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=1, show_default=True, help="Their batch."
+)
+@click.option(
+    "--x",
+    type=click.Choice(["speedup", "latency", "images/s"]),
+    default="speedup",
+    show_default=True,
+    help="What the first picture has on its horizontal axis.",
+)
+@click.option(
+    "--format",
+    "ending",
+    type=click.Choice([picture.removeprefix(".") for picture in PICTURES]),
+    default="png",
+    show_default=True,
+    help="Of the files.",
+)
+@click.option("--title", default="", help="Above the pictures.")
+@click.option("--out", type=FOLDER, help="Folder to write.  [default: the first SWEEP]")
+def plot(
+    folders: tuple[Path, ...],
+    backend: str,
+    batch_size: int,
+    x: str,
+    ending: str,
+    title: str,
+    out: Path | None,
+) -> None:
+    """Draw sweeps as the paper's Figure 7: accuracy against speed (a) and size (b).
+
+    A line joins the nets of a method that no other one of it beats; bars are standard
+    deviations over the seeds. Several sweeps become one picture.
+    """
+    out = out or folders[0]
+    rows = pd.concat([sweeps.timed_results(folder) for folder in folders])
+    here = rows[(rows["backend"] == backend) & (rows["batch_size"] == batch_size)]
+    if here.empty:
+        known = rows[["backend", "batch_size"]].drop_duplicates().itertuples(index=False)
+        raise UsageError(
+            f"there are no latencies of {backend} at batch size {batch_size}; there are those of "
+            + ", ".join(f"{name} at {size}" for name, size in known)
+        )
+    column = {"speedup": "speedup", "latency": "latency_ms", "images/s": "images_per_second"}[x]
+    for name, axis in (("figure7a", column), ("figure7b", "removed_params")):
+        path = out / f"{name}.{ending}"
+        plot_sweep(here, axis, path, title)
+        click.echo(f"drew {path}")
+
+
 @main.command(name="eval")
 @click.argument("net", required=False, type=EXISTING)
 @_options("model", "weights", *TASK, "device", of_a_run=True)
@@ -498,6 +724,12 @@ def _net_of(path: Path) -> Path:
 
 def _config(settings: dict[str, Any]) -> runs.SlimConfig:
     return runs.SlimConfig(**_plain_values(settings))
+
+
+def _check_budget(settings: dict[str, Any]) -> None:
+    source = click.get_current_context().get_parameter_source("threshold")
+    if settings["target"] is not None and source is not click.core.ParameterSource.DEFAULT:
+        raise UsageError("give either --threshold or --target, not both")
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:
@@ -589,11 +821,9 @@ def _hint_at_reach(config: runs.SlimConfig, data: Dataset) -> None:
 def _say_selection(masked: runs.Checkpoint) -> None:
     assert masked.masks is not None
     masks = masked.masks
-    click.echo(
-        f"{masks.removed} of {masks.channels} channels lie under {masked.config.threshold:g}"
-    )
+    click.echo(f"{masks.removed} of {masks.channels} channels are switched off")
     for name in masks.forced:
-        click.echo(f"all channels of {name} lie under the threshold; the largest stays")
+        click.echo(f"all channels of {name} would go; the largest stays")
 
 
 def _say_size(net: PlainNet, path: Path) -> None:

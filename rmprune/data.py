@@ -46,6 +46,10 @@ class Split:
     images: Tensor
     labels: Tensor
 
+    def at(self, indices: Tensor) -> Split:
+        """Some of the images, ``(n,)`` by position."""
+        return Split(self.images[indices], self.labels[indices])
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -326,6 +330,29 @@ def _size_text(shape: tuple[int, ...]) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def hold_out(data: Dataset, share: float) -> tuple[Dataset, Split]:
+    """Keep a share of the training images back, the same ones every time.
+
+    Args:
+        data: Left as it is.
+        share: Of the training images, at least 0 and less than 1.
+
+    Returns:
+        The data with fewer training images, and the images held out.
+
+    Raises:
+        UsageError: The share leaves nothing to train with.
+    """
+    if not 0 <= share < 1:
+        raise UsageError(f"the share to hold out must lie in [0, 1), but it is {share:g}")
+    order = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(0))
+    kept = order[round(share * len(order)) :].sort().values
+    held = order[: round(share * len(order))].sort().values
+    if share == 0:
+        return data, data.train.at(held)
+    return replace(data, train=data.train.at(kept)), data.train.at(held)
 
 
 def batch_count(split: Split, batch_size: int) -> int:

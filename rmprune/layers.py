@@ -1,6 +1,8 @@
-"""The two layers of plain nets that torch lacks: both act on some channels and pass the rest.
+"""The layers of a net's list that torch lacks.
 
-Both are leaf modules: nothing is added to anything inside of them.
+`PartialActivation` and `ChannelGate` act on some channels and pass the rest: they are leaf
+modules, and nothing is added to anything inside of them. `ResidualBlock` does add; only
+`rmprune.lowering` puts it into a net.
 """
 
 from __future__ import annotations
@@ -147,3 +149,106 @@ class ChannelGate(nn.Module):
     def extra_repr(self) -> str:
         """What is shown between the brackets."""
         return f"{' → '.join(map(str, self.sizes))}, {', '.join(self.activations)}"
+
+
+class ChannelSelection(nn.Module):
+    """Some channels of a tensor, at every stride-th position.
+
+    A slice where the channels stand side by side, which costs nothing or one copy; else
+    they are gathered by index.
+
+    Args:
+        in_channels: Of the input.
+        channels: Which ones, in the order of the output.
+        stride: In both directions.
+        scale: Whether each is multiplied by a learnable number.
+        bias: Whether a learnable number is added to each.
+    """
+
+    indices: Tensor
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: Sequence[int],
+        stride: int = 1,
+        scale: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        if not channels or not all(0 <= channel < in_channels for channel in channels):
+            raise ValueError(f"channels must be some of 0 to {in_channels - 1}")
+        self.in_channels, self.channels, self.stride = in_channels, tuple(channels), stride
+        self.scale = nn.Parameter(torch.ones(len(channels))) if scale else None
+        self.bias = nn.Parameter(torch.zeros(len(channels))) if bias else None
+        # Known from the arguments: neither saved, nor made without values on the meta device.
+        indices = torch.tensor(self.channels, device="cpu")
+        self.register_buffer("indices", indices, persistent=False)
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return len(self.channels)
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether the channels stand side by side."""
+        first = self.channels[0]
+        return self.channels == tuple(range(first, first + len(self.channels)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, in_channels, H, W)`` to ``(N, len(channels), ceil(H / s), ceil(W / s))``."""
+        if self.stride > 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+        if self.is_slice:
+            x = x[:, self.channels[0] : self.channels[-1] + 1]
+        else:
+            x = x.index_select(1, self.indices)
+        if self.scale is not None:
+            x = x * self.scale[:, None, None]
+        return x if self.bias is None else x + self.bias[:, None, None]
+
+    def extra_repr(self) -> str:
+        """What is shown between the brackets."""
+        how = "slice" if self.is_slice else "index"
+        return f"{len(self.channels)} of {self.in_channels} channels by {how}, stride={self.stride}"
+
+
+class ResidualBlock(nn.Module):
+    """``F(x) + S(x)`` where each of F and S may miss some output channels.
+
+    The output's channels are, in this order: those that F and S add up to, those of F
+    alone, those of S alone.
+
+    Args:
+        body: F, a list of layers.
+        added: S's part of the channels that F has too: the first ones of F.
+        passed: S's part of the channels that F does not have.
+    """
+
+    def __init__(
+        self,
+        body: nn.Sequential,
+        added: nn.Conv2d | ChannelSelection | None,
+        passed: ChannelSelection | None,
+    ) -> None:
+        super().__init__()
+        self.body, self.added, self.passed = body, added, passed
+        # Known before the first image, so that the block can be traced.
+        made = [layer.out_channels for layer in body if isinstance(layer, nn.Conv2d)][-1]
+        self._both, self._all_added = 0, True
+        if added is not None:
+            self._both = added.out_channels
+            self._all_added = self._both == made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to the shape of the sum."""
+        out: Tensor = self.body(x)
+        if self.added is not None:
+            shortcut = self.added(x)
+            if self._all_added:
+                out = out + shortcut
+            else:
+                both = self._both
+                out = torch.cat([out[:, :both] + shortcut, out[:, both:]], dim=1)
+        return out if self.passed is None else torch.cat([out, self.passed(x)], dim=1)

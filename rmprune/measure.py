@@ -122,25 +122,28 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
     return int(counter.get_total_flops()) // (2 * images)
 
 
-def layer_macs(net: nn.Sequential, input_shape: tuple[int, int, int]) -> dict[str, int]:
-    """MACs of one image in each layer of a plain net, as `count_macs` counts.
+def layer_macs(net: nn.Module, input_shape: tuple[int, int, int]) -> dict[str, int]:
+    """MACs of one image in each layer that has no layers inside, as `count_macs` counts.
 
     Args:
-        net: A plain net.
+        net: A net without functions of its own between its layers.
         input_shape: ``(channels, height, width)``.
 
     Returns:
-        One entry per layer, in order; 0 where nothing is counted. They sum to `count_macs`.
+        One entry per layer, by path, in order; 0 where nothing is counted. They sum to
+        `count_macs`.
     """
     like = next(net.parameters(), torch.empty(0))
     x = torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device)
-    macs = {}
-    with eval_mode(net), torch.no_grad():
-        for name, layer in net.named_children():
-            with FlopCounterMode(display=False) as counter:
-                x = layer(x)
-            macs[name] = int(counter.get_total_flops()) // 2
-    return macs
+    with eval_mode(net), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(x)
+    flops = counter.get_flop_counts()
+    root = type(net).__name__
+    return {
+        name: sum(flops.get(f"{root}.{name}", {}).values()) // 2
+        for name, layer in net.named_modules()
+        if not any(layer.children())
+    }
 
 
 def evaluate(
@@ -212,6 +215,7 @@ def latency(
     threads: int = 1,
     rounds: int = 15,
     min_seconds: float = 0.1,
+    backend: str = "torch",
 ) -> dict[str, Latency]:
     """Time models against each other in one run, in turn.
 
@@ -225,6 +229,7 @@ def latency(
         threads: Intra-op threads of the CPU.
         rounds: Samples per model, at least 2.
         min_seconds: How long a sample lasts at least; several passes if one is shorter.
+        backend: What runs the models, to be noted in the results.
 
     Raises:
         UsageError: No image, fewer than 2 rounds, or no thread.
@@ -260,6 +265,7 @@ def latency(
             threads=threads,
             device=str(example_input.device),
             dtype=str(example_input.dtype).removeprefix("torch."),
+            backend=backend,
         )
     return results
 

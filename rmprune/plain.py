@@ -1,4 +1,8 @@
-"""A plain net: a network that is a list of layers, with nothing added to anything."""
+"""A plain net: a network that is a list of layers, with nothing added to anything.
+
+`rmprune.lowering` may put blocks with additions into the list, where these are faster; such
+a net is measured, saved and exported like any other, and no longer plain.
+"""
 
 from __future__ import annotations
 
@@ -56,6 +60,11 @@ class PlainNet(nn.Sequential):
         self.converted_widths = dict(converted_widths or {})
         self.widths = dict(widths or self.converted_widths)
         self.info = dict(info or {})
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every layer is a leaf: nothing is added to anything."""
+        return not any(list(layer.children()) for layer in self.children())
 
     def with_layers(
         self, layers: OrderedDict[str, nn.Module], widths: dict[str, Width] | None = None

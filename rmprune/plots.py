@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +15,99 @@ from rmprune.steps import Steps, blocks
 
 # Okabe and Ito's colours, told apart with any colour vision.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
+VERMILION, PURPLE, SKY = "#D55E00", "#CC79A7", "#56B4E9"
 STAGES = {"sparse": ("sparsity training", BLUE), "finetuned": ("fine-tuning", ORANGE)}
+
+# Method and lowering to label, colour and marker: told apart without colour, too.
+CURVES = {
+    ("rm", "auto"): ("rmprune", BLUE, "o"),
+    ("rm", "plain"): ("rmprune, plain net", SKY, "D"),
+    ("slimming", "auto"): ("slimming (inner channels only)", GREEN, "s"),
+    ("torch-pruning:bn-scale", "residual"): ("Torch-Pruning, BN scale", ORANGE, "^"),
+    ("torch-pruning:group-norm", "residual"): ("Torch-Pruning, group norm", VERMILION, "v"),
+}
+# What can stand on the horizontal axis: its label, and whether a larger value is the better one.
+AXES = {
+    "speedup": ("measured speed-up over the original", True),
+    "latency_ms": ("latency in ms", False),
+    "images_per_second": ("images per second", True),
+    "removed_params": ("ratio of removed parameters", True),
+    "params_ratio": ("parameters, share of the original's", False),
+    "macs_ratio": ("MACs, share of the original's", False),
+}
+
+
+def pareto_front(points: pd.DataFrame, x: str, y: str, larger: bool = True) -> pd.DataFrame:
+    """The points that no other one beats in both columns, in the order of x.
+
+    Args:
+        points: A row a point.
+        x: Column of what is paid or gained.
+        y: Column of which more is better.
+        larger: Whether more of x is better.
+    """
+    ordered = points.sort_values([x, y], ascending=[not larger, False])
+    return ordered[ordered[y] > ordered[y].cummax().shift(fill_value=-math.inf)].sort_values(x)
+
+
+def plot_sweep(rows: pd.DataFrame, x: str, path: Path, title: str = "") -> None:
+    """Draw accuracy against a cost, one curve for each method (RMNet, Figure 7).
+
+    Every net is a small point; large ones are means over the seeds, with their standard
+    deviations, and the line joins those that no other one of the method beats.
+
+    Args:
+        rows: Of ``results.csv``, merged with those of one platform of ``latencies.csv`` for
+            what concerns time.
+        x: A key of `AXES`.
+        path: File to write; its ending decides the format.
+        title: Above the picture.
+    """
+    label, larger = AXES[x]
+    rows = rows.assign(percent=100 * rows["accuracy"])
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    axes = figure.subplots()
+    original = rows[rows["method"] == "original"]
+    if not original.empty:
+        level = original["percent"].iloc[0]
+        axes.axhline(level, color=GREY, linewidth=1, linestyle="--", zorder=0)
+        axes.plot(original[x], original["percent"], "*", color="black", markersize=12)
+        axes.annotate(
+            f"original, {level:.2f} %",
+            (original[x].iloc[0], level),
+            textcoords="offset points",
+            xytext=(8, 6) if larger else (-8, 6),
+            ha="left" if larger else "right",
+            fontsize=8,
+        )
+    for (method, lowering), (name, colour, marker) in CURVES.items():
+        own = rows[(rows["method"] == method) & (rows["lowering"] == lowering)]
+        if own.empty:
+            continue
+        axes.plot(own[x], own["percent"], marker, color=colour, markersize=3, alpha=0.5)
+        points = own.groupby(["sparsity", "level"]).agg(
+            x=(x, "mean"), y=("percent", "mean"), dx=(x, "std"), dy=("percent", "std")
+        )
+        seeds = own["seed"].nunique()
+        axes.errorbar(
+            points["x"],
+            points["y"],
+            yerr=points["dy"] if seeds > 1 else None,
+            xerr=points["dx"] if seeds > 1 else None,
+            fmt=marker,
+            color=colour,
+            markersize=7,
+            capsize=3,
+            linewidth=1,
+        )
+        front = pareto_front(points, "x", "y", larger)
+        axes.plot(front["x"], front["y"], color=colour, marker=marker, markersize=7, label=name)
+    axes.set(xlabel=label, ylabel="test accuracy in %", title=title)
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=200)
 
 
 def plot_conversion(steps: Steps, net: PlainNet, path: Path) -> None:

@@ -47,11 +47,16 @@ def prune(net: PlainNet, threshold: float | None = None) -> PlainNet:
 
     Raises:
         UsageError: The threshold is negative or not a number.
-        PruningError: A threshold is given but the net has no BNs behind its convolutions.
+        PruningError: A threshold is given but the net has no BNs behind its convolutions, or
+            the net is not plain.
 
     Warns:
         UserWarning: A layer kept one channel though all of its channels are dead.
     """
+    if not net.is_plain:
+        raise PruningError(
+            "this net has blocks with additions; prune the plain net that it was lowered from"
+        )
     result = copy.deepcopy(net).eval()
     joints = _joints(result)
     with torch.no_grad():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import platform
+import platform as machine
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 
+from rmprune.backends import ONE_IMAGE, Platform, time_deployed
 from rmprune.data import Dataset
-from rmprune.measure import count_params, latency, layer_macs, measure
+from rmprune.measure import count_params, layer_macs, measure
 from rmprune.plain import PlainNet, Width
 from rmprune.progress import T, Track, no_progress
 
@@ -34,20 +33,20 @@ def compare(
     example_input: Tensor,
     data: Dataset | None = None,
     *,
-    threads: int = 1,
+    platform: Platform = ONE_IMAGE,
     track: Track = no_progress,
 ) -> pd.DataFrame:
     """Measure nets side by side, their latencies in one run and in turn.
 
-    Latencies are those of deployment: every BN that directly follows a convolution is folded
-    into it first. Parameters and MACs are those of the nets as given.
+    Latencies are those of deployment, see `rmprune.backends`. Parameters and MACs are those
+    of the nets as given.
 
     Args:
         models: By name, on the device of the example input; the first is the reference of
             the speed-ups.
-        example_input: ``(N, C, H, W)``, the batch to time.
+        example_input: ``(N, C, H, W)``; its first image is timed.
         data: For the accuracy on all test images; None leaves it out.
-        threads: For the latency, on the CPU.
+        platform: What the latency is measured on.
         track: Progress display.
 
     Returns:
@@ -55,8 +54,7 @@ def compare(
         ``macs`` (of one image), ``latency_ms`` (median, whole batch), ``latency_iqr_ms``,
         ``speedup`` over the first net.
     """
-    deployed = {name: fuse(_in_evaluation_mode(model)) for name, model in models.items()}
-    timings = latency(deployed, example_input, threads=threads)
+    timings = time_deployed(models, example_input, platform)
     rows = []
     for name, model in models.items():
         report = measure(model, example_input, data, timed=False, track=_named(track, name))
@@ -75,10 +73,6 @@ def compare(
     return table
 
 
-def _in_evaluation_mode(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).eval()
-
-
 def _named(track: Track, name: str) -> Track:
     """A display that says which net it is about."""
 
@@ -88,14 +82,15 @@ def _named(track: Track, name: str) -> Track:
     return named
 
 
-def environment(threads: int) -> dict[str, Any]:
+def environment(platform: Platform = ONE_IMAGE) -> dict[str, Any]:
     """What figures were measured on."""
     return {
         "hardware": _cpu_name(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": threads,
-        "backend": f"torch {torch.__version__}",
-        "python": platform.python_version(),
+        "threads": platform.threads,
+        "batch_size": platform.batch_size,
+        "backend": platform.versions,
+        "python": machine.python_version(),
     }
 
 
@@ -105,7 +100,7 @@ def _cpu_name() -> str:
         for line in cpuinfo.read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return machine.processor() or machine.machine()
 
 
 def layer_table(net: PlainNet) -> pd.DataFrame:
@@ -118,7 +113,8 @@ def layer_table(net: PlainNet) -> pd.DataFrame:
         net knows its input shape, ``macs``. A convolution that is no longer there has 0 channels.
     """
     macs = {} if net.input_shape is None else layer_macs(net, net.input_shape)
-    modules = dict(net.named_children())
+    modules = {_own_name(path): module for path, module in net.named_modules()}
+    macs = {_own_name(path): count for path, count in macs.items()}
     names = [n for n, m in modules.items() if isinstance(m, nn.Conv2d | nn.Linear)]
     gone = [name for name in net.converted_widths if name not in modules]
     order = list(net.converted_widths) + [n for n in names if n not in net.converted_widths]
@@ -140,6 +136,11 @@ def layer_table(net: PlainNet) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def _own_name(path: str) -> str:
+    """What a layer is called wherever it stands: a `ResidualBlock` has some inside."""
+    return path.rpartition(".body.")[2]
 
 
 def _kernel(module: nn.Module | None) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from rmprune.errors import PruningError
 from rmprune.norms import EPS, Moments, Norm
 from rmprune.plain import PlainNet
 
@@ -43,7 +44,15 @@ def calibrate_bn(net: PlainNet, calibration_batches: Iterable[Tensor]) -> PlainN
     Args:
         net: In evaluation mode. BNs behind its convolutions are folded first.
         calibration_batches: Normalised images, ``(N, C, H, W)`` each.
+
+    Raises:
+        PruningError: The net is not plain.
     """
+    if not net.is_plain:
+        raise PruningError(
+            "this net has blocks with additions and trains no further; fine-tune the plain net "
+            "that it was lowered from"
+        )
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     with torch.no_grad():
         activations = list(calibration_batches)
@@ -207,19 +216,34 @@ def _is_absorbable(conv: nn.Conv2d) -> bool:
 def _scaled(conv: nn.Conv2d, diagonal: nn.Conv2d) -> nn.Conv2d:
     """A convolution with a per-channel factor and offset folded in."""
     factor = diagonal.weight.detach().flatten()
-    scaled = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        (conv.kernel_size[0], conv.kernel_size[1]),
+    bias = torch.zeros_like(factor) if conv.bias is None else conv.bias.detach() * factor
+    offset = torch.zeros_like(factor) if diagonal.bias is None else diagonal.bias.detach()
+    return with_weights(
+        conv, conv.weight.detach() * factor[:, None, None, None], bias + offset, conv.groups
+    )
+
+
+def with_weights(
+    conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, groups: int = 1
+) -> nn.Conv2d:
+    """A convolution of the same geometry with other weights.
+
+    Args:
+        conv: Whose stride, padding and dilation it gets.
+        weight: ``(out, in / groups, k, k)``.
+        bias: ``(out,)`` or None.
+        groups: Of the new one.
+    """
+    result = nn.Conv2d(
+        weight.shape[1] * groups,
+        weight.shape[0],
+        (weight.shape[2], weight.shape[3]),
         (conv.stride[0], conv.stride[1]),
         conv.padding if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1]),
         (conv.dilation[0], conv.dilation[1]),
-        conv.groups,
-        device=factor.device,
-        dtype=factor.dtype,
+        groups,
+        device="meta",
     )
-    scaled.weight = nn.Parameter(conv.weight.detach() * factor[:, None, None, None])
-    bias = torch.zeros_like(factor) if conv.bias is None else conv.bias.detach() * factor
-    offset = torch.zeros_like(factor) if diagonal.bias is None else diagonal.bias.detach()
-    scaled.bias = nn.Parameter(bias + offset)
-    return scaled
+    result.weight = nn.Parameter(weight.detach().clone())
+    result.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+    return result

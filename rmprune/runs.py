@@ -2,9 +2,9 @@
 
     train     sparse.pt          slimmable model after sparsity training
     prune     masked.pt          the same with its masks, channels switched off
-              pruned.safetensors the plain net of it, not fine-tuned
+              pruned.safetensors the net of it, not fine-tuned
     finetune  finetuned.pt       the masked model, fine-tuned while still residual
-              net.safetensors    the plain net of it: the result
+              net.safetensors    the net of it: the result
 
 Beside them stand ``config.json`` and ``metrics.csv`` (one row an epoch). A checkpoint tells
 all that is needed to build its model again, so that every stage can be run by itself.
@@ -12,19 +12,36 @@ all that is needed to build its model again, so that every stage can be run by i
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 
+from rmprune.backends import Backend, Platform, time_deployed
+from rmprune.blocks import inner_bns
 from rmprune.convert import convert
-from rmprune.data import Dataset, Split, eval_batches
+from rmprune.costs import (
+    Cost,
+    Lowering,
+    channel_savings,
+    counted,
+    latency_table,
+    measured,
+    relative,
+    sites,
+)
+from rmprune.data import Dataset, eval_batches, hold_out
 from rmprune.errors import StoreError, UsageError
+from rmprune.graph import parse
+from rmprune.lowering import Choose, Form, fastest, lower
+from rmprune.measure import count_macs, count_params, evaluate
 from rmprune.models import create_model
 from rmprune.plain import PlainNet
 from rmprune.plots import plot_run
@@ -32,8 +49,8 @@ from rmprune.progress import Track, no_progress
 from rmprune.removal import prune as remove_dead_channels
 from rmprune.reports import compare, environment
 from rmprune.rewrite import calibrate_bn, collapse
-from rmprune.selection import Masks, apply_masks, select
-from rmprune.slimming import Cost, Penalty, add_shortcut_bn, penalty_weights, scale_parameters
+from rmprune.selection import Masks, apply_masks, move_statistics, select
+from rmprune.slimming import Penalty, add_shortcut_bn, scale_parameters, scales_of
 from rmprune.store import (
     load,
     load_checkpoint,
@@ -43,8 +60,18 @@ from rmprune.store import (
     write_csv,
     write_json,
 )
-from rmprune.training import Compile, EpochResult, Precision, TrainingConfig, fit
+from rmprune.targets import TOLERANCE, Target, search, thresholds_of
+from rmprune.training import (
+    Compile,
+    EpochResult,
+    Precision,
+    Pull,
+    Schedule,
+    TrainingConfig,
+    fit,
+)
 
+Scope = Literal["all", "inner"]
 CALIBRATION_IMAGES = 1024
 PLAIN_LR = 5e-4  # at 5e-3 a pruned net of 99.7 % on the digits falls to 61 % in two epochs
 
@@ -60,11 +87,22 @@ class SlimConfig:
         data_root: Where named data sets lie or are put.
         image_size: To resize images to, in pixels; None leaves them as they are.
         sparsity: λ of the L1 penalty on channel scales.
+        schedule: How λ rises over the training, see `rmprune.training.penalty_share`.
         threshold: Channels with a smaller scale go.
-        cost: How the penalty is spread, see `rmprune.slimming.penalty_weights`.
+        target: ``KIND=VALUE``, a budget instead of a threshold; see `rmprune.targets`.
+        round_to: Widths become multiples of this where there are channels to keep for it.
+        prune_steps: In how many steps the target is reached, with fine-tuning behind each.
+        cost: What a channel costs, for the penalty and for a target of accuracy.
+        scope: Which channels may go: ``"all"``, or those ``"inner"`` to a block, as network
+            slimming does in a residual network.
+        lowering: Whether the net that comes out is plain, or may have additions again.
+        backend: Where it shall run: ``torch`` or ``onnxruntime``.
+        threads: It may use there.
+        latency_batch: Images it gets at once there.
+        holdout: Share of the training images kept back from all training.
         epochs: Of sparsity training.
         finetune_epochs: Of fine-tuning under the masks.
-        distill: Whether fine-tuning learns from the outputs of the model with ``weights``.
+        distill: Whether training learns from the outputs of the model with ``weights``, too.
         lr: Learning rate of sparsity training.
         finetune_lr: Learning rate of fine-tuning.
         batch_size: Of both.
@@ -80,8 +118,18 @@ class SlimConfig:
     data_root: str = "data"
     image_size: int | None = None
     sparsity: float = 1e-4
+    schedule: Schedule = "constant"
     threshold: float = 5e-3
+    target: str | None = None
+    round_to: int = 1
+    prune_steps: int = 1
     cost: Cost = "macs"
+    scope: Scope = "all"
+    lowering: Lowering = "plain"
+    backend: Backend = "torch"
+    threads: int = 1
+    latency_batch: int = 1
+    holdout: float = 0.0
     epochs: int = 30
     finetune_epochs: int = 30
     distill: bool = False
@@ -101,6 +149,10 @@ class SlimConfig:
                 )
         if self.distill and self.weights is None:
             raise UsageError("to distill, name the trained weights to learn from: --weights")
+        if self.target is not None:
+            Target.parse(self.target)
+        elif self.prune_steps > 1:
+            raise UsageError("channels go in several steps towards a --target; name one")
 
     def training(self) -> TrainingConfig:
         """Settings of the sparsity training."""
@@ -108,14 +160,20 @@ class SlimConfig:
             self.epochs,
             self.lr,
             self.batch_size,
+            schedule=self.schedule,
             seed=self.seed,
             precision=self.precision,
             compile=self.compile,
         )
 
+    @property
+    def platform(self) -> Platform:
+        """Where the net shall run."""
+        return Platform(self.backend, self.threads, self.latency_batch)
+
     def finetuning(self) -> TrainingConfig:
         """Settings of the fine-tuning, which draws other batches than the training did."""
-        return dataclasses.replace(
+        return replace(
             self.training(),
             epochs=self.finetune_epochs,
             lr=self.finetune_lr,
@@ -172,6 +230,8 @@ class Checkpoint:
         task: What the model is trained for.
         model: Its state dict.
         masks: Masks that it is held under, if any.
+        forms: How blocks are lowered, by the name of their first layer; measured once, when
+            channels are selected.
         epoch: Epochs trained in this stage.
         optimizer: The optimizer's state dict, if the stage trains.
         history: One row for each epoch of this stage.
@@ -182,6 +242,7 @@ class Checkpoint:
     task: Task
     model: dict[str, Any]
     masks: Masks | None = None
+    forms: dict[str, Form] | None = None
     epoch: int = 0
     optimizer: dict[str, Any] | None = None
     history: tuple[dict[str, Any], ...] = ()
@@ -258,9 +319,8 @@ def calibration_batches(data: Dataset, device: torch.device) -> list[Tensor]:
     """Normalised training images for measuring BN statistics: the first of a fixed shuffle."""
     order = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(0))
     chosen = order[:CALIBRATION_IMAGES]
-    split = Split(data.train.images[chosen], data.train.labels[chosen])
     batches = eval_batches(
-        split, 256, mean=data.mean, std=data.std, device=device, dtype=torch.float32
+        data.train.at(chosen), 256, mean=data.mean, std=data.std, device=device, dtype=torch.float32
     )
     return [images for images, _ in batches]
 
@@ -271,7 +331,7 @@ def train(
     """Train for sparsity, going on where the folder's ``sparse.pt`` stands."""
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
-    model = _trained_model(config, len(data.classes))
+    model = trained_model(config, len(data.classes))
     path = folder / "sparse.pt"
     write_json(dataclasses.asdict(config), folder / "config.json")
     if path.exists():
@@ -280,26 +340,205 @@ def train(
     else:
         slim = add_shortcut_bn(model.to(device), calibration_batches(data, device))
         checkpoint = Checkpoint("sparse", config, Task.of(data), slim.state_dict())
-    weights = penalty_weights(slim, checkpoint.task.example_input(device), config.cost)
+    weights = channel_weights(slim, config.cost, checkpoint.task, config, folder)
     penalty = Penalty(scale_parameters(slim), config.sparsity, weights)
-    return _fit(slim, checkpoint, config.training(), data, path, device, track, penalty)
+    return fit_kept(slim, checkpoint, config.training(), data, path, device, track, penalty)
 
 
-def prune(checkpoint: Checkpoint, threshold: float, folder: Path) -> Checkpoint:
-    """Select channels and switch them off; save the masked model and its plain net."""
+def channel_weights(
+    slim: fx.GraphModule, cost: Cost, task: Task, config: SlimConfig, folder: Path
+) -> dict[str, float]:
+    """What a channel of each BN saves, relative to the mean channel; 0 out of scope.
+
+    A latency table is measured once and kept in the folder.
+    """
+    weights = _all_weights(slim, cost, task, config, folder)
+    within = weights.keys() if config.scope == "all" else inner_bns(parse(slim))
+    return {name: weight if name in within else 0.0 for name, weight in weights.items()}
+
+
+def _all_weights(
+    slim: fx.GraphModule, cost: Cost, task: Task, config: SlimConfig, folder: Path
+) -> dict[str, float]:
+    channels = {name: len(scale) for name, scale in scales_of(slim).items()}
+    if cost == "uniform":
+        return dict.fromkeys(channels, 1.0)
+    slim = copy.deepcopy(slim).cpu().eval()
+    example = task.example_input()
+    layer_costs = counted(cost)
+    if cost == "latency":
+        path = folder / f"latency-{config.backend}-{config.threads}-{config.latency_batch}.csv"
+        if not path.exists():
+            network = slim if config.lowering == "auto" else convert(slim, example)
+            write_csv(latency_table(sites(network, example), config.platform), path)
+        layer_costs = measured(pd.read_csv(path))
+    return relative(channel_savings(slim, example, layer_costs, config.lowering), channels)
+
+
+def prune(checkpoint: Checkpoint, config: SlimConfig, folder: Path, data: Dataset) -> Checkpoint:
+    """Select channels and switch them off; save the masked model and its net.
+
+    Args:
+        checkpoint: A slimmable model after training.
+        config: Its ``threshold``, or its ``target``, says how many go.
+        folder: To write to.
+        data: For the statistics of BNs, and whose held-out images a target of accuracy is for.
+
+    Raises:
+        UsageError: No images were held out for a target of accuracy.
+        PruningError: The target cannot be met.
+    """
     slim = checkpoint.build()
-    masks = select(slim, threshold)
-    apply_masks(slim, masks)
-    masked = Checkpoint(
-        "masked",
-        dataclasses.replace(checkpoint.config, threshold=threshold),
-        checkpoint.task,
-        slim.state_dict(),
-        masks,
-    )
+    calibration = calibration_batches(hold_out(data, config.holdout)[0], torch.device("cpu"))
+    target = None if config.target is None else Target.parse(config.target)
+    if target is None:
+        masks = select(
+            slim,
+            config.threshold,
+            savings=channel_weights(slim, "uniform", checkpoint.task, config, folder),
+            lowering=config.lowering,
+            round_to=config.round_to,
+        )
+        masked = _switched_off(slim, checkpoint, masks, config, calibration)
+    else:
+        masked = _masked_within(target, slim, checkpoint, config, folder, data, calibration)
+    net = deploy(masked)
+    masked = replace(masked, forms=net.info.get("lowering"))
     masked.save(folder / "masked.pt")
-    save(deploy(masked), folder / "pruned.safetensors")
+    save(net, folder / "pruned.safetensors")
     return masked
+
+
+def _switched_off(
+    slim: fx.GraphModule,
+    checkpoint: Checkpoint,
+    masks: Masks,
+    config: SlimConfig,
+    calibration: list[Tensor],
+) -> Checkpoint:
+    if checkpoint.masks is not None:
+        masks = masks.within(checkpoint.masks)
+    masked = copy.deepcopy(slim)
+    apply_masks(masked, masks)
+    move_statistics(masked, slim, calibration)
+    return Checkpoint("masked", config, checkpoint.task, masked.state_dict(), masks)
+
+
+def _masked_within(
+    target: Target,
+    slim: fx.GraphModule,
+    checkpoint: Checkpoint,
+    config: SlimConfig,
+    folder: Path,
+    data: Dataset,
+    calibration: list[Tensor],
+) -> Checkpoint:
+    """The masked model that keeps the most channels within a target."""
+    cost: Cost = target.kind if target.kind != "accuracy-drop" else config.cost
+    savings = channel_weights(slim, cost, checkpoint.task, config, folder)
+    thresholds = thresholds_of(slim, savings)
+
+    def masked(threshold: float, spared: Collection[str] = ()) -> Checkpoint:
+        masks = select(
+            slim,
+            threshold,
+            savings=savings,
+            lowering=config.lowering,
+            round_to=config.round_to,
+            spared=spared,
+        )
+        return _switched_off(slim, checkpoint, masks, config, calibration)
+
+    if target.kind == "accuracy-drop":
+        return _smallest_within_drop(target.value / 100, masked, thresholds, config, data)
+    return _largest_within_budget(target, masked, thresholds)
+
+
+class _Masked(Protocol):
+    def __call__(self, threshold: float, spared: Collection[str] = ()) -> Checkpoint:
+        """The model with the channels under a threshold switched off."""
+
+
+def _largest_within_budget(target: Target, masked: _Masked, thresholds: list[float]) -> Checkpoint:
+    """Search for the threshold; then name the fastest forms, whose cost is another, and again."""
+
+    def ratio(checkpoint: Checkpoint) -> float:
+        return deployed_ratio(target.kind, checkpoint, deploy(checkpoint, likely_form))
+
+    def within(forms: dict[str, Form] | None) -> Checkpoint:
+        def search_with(spared: Collection[str]) -> tuple[Checkpoint, Checkpoint | None]:
+            return search(
+                thresholds,
+                lambda threshold: replace(masked(threshold, spared), forms=forms),
+                ratio,
+                target.value,
+                TOLERANCE[target.kind],
+            )
+
+        found, above = search_with(())
+        if above is None or above.masks is None:
+            return found
+        # A whole block goes with one channel more: let it live, and take others instead.
+        alive = {name for name, mask in above.masks.keep.items() if mask.any()}
+        other, _ = search_with(alive)
+        return max(found, other, key=ratio)
+
+    checkpoint = within(None)
+    if checkpoint.config.lowering == "plain":
+        return checkpoint
+    checkpoint = within(deploy(checkpoint).info["lowering"])
+    return replace(checkpoint, forms=deploy(checkpoint, likely_form).info["lowering"])
+
+
+def deployed_ratio(kind: str, checkpoint: Checkpoint, net: nn.Module) -> float:
+    """What a net costs, as a share of the cost of the original model of its run."""
+    config, example = checkpoint.config, checkpoint.task.example_input()
+    original = create_model(config.model, num_classes=len(checkpoint.task.classes)).eval()
+    if kind == "params":
+        return count_params(net) / count_params(original)
+    if kind == "macs":
+        return count_macs(net, example) / count_macs(original, example)
+    timings = time_deployed(
+        {"original": original, "net": net}, example, config.platform, rounds=9, warn=False
+    )
+    return timings["net"].median_ms / timings["original"].median_ms
+
+
+def likely_form(_: str, forms: Mapping[Form, nn.Module], __: Tensor) -> Form:
+    """What is mostly the fastest of a block's forms."""
+    return "selection" if "selection" in forms else "convolution"
+
+
+def _smallest_within_drop(
+    drop: float,
+    masked: _Masked,
+    thresholds: list[float],
+    config: SlimConfig,
+    data: Dataset,
+) -> Checkpoint:
+    """Raise the threshold as long as the masked model loses no more on held-out images."""
+    if config.holdout == 0:
+        raise UsageError(
+            "a target of accuracy needs training images that no training has seen: "
+            "train with --holdout 0.1, say"
+        )
+    _, held_out = hold_out(data, config.holdout)
+    device = pick_device(config.device)
+
+    def accuracy(checkpoint: Checkpoint) -> float:
+        model = checkpoint.build(device)
+        correct, images = evaluate(model, held_out, mean=data.mean, std=data.std, device=device)
+        return correct / images
+
+    least = accuracy(masked(0.0)) - drop
+    low, high = 0, len(thresholds)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if accuracy(masked(thresholds[middle])) >= least:
+            low = middle
+        else:
+            high = middle
+    return masked(thresholds[low])
 
 
 def finetune(
@@ -309,20 +548,48 @@ def finetune(
     data: Dataset,
     track: Track = no_progress,
 ) -> Checkpoint:
-    """Fine-tune under the masks, going on where ``finetuned.pt`` stands; save the plain net."""
+    """Fine-tune under the masks, going on where ``finetuned.pt`` stands; save the net."""
     device = pick_device(config.device)
     path = folder / "finetuned.pt"
     if path.exists():
         checkpoint = Checkpoint.load(path)
     else:
-        checkpoint = dataclasses.replace(masked, stage="finetuned", config=config)
+        checkpoint = replace(masked, stage="finetuned", config=config)
     slim = checkpoint.build(device)
-    teacher = _trained_model(config, len(data.classes)) if config.distill else None
-    checkpoint = _fit(
-        slim, checkpoint, config.finetuning(), data, path, device, track, teacher=teacher
-    )
+    checkpoint = fit_kept(slim, checkpoint, config.finetuning(), data, path, device, track)
     save(deploy(checkpoint), folder / "net.safetensors")
     return checkpoint
+
+
+def prune_and_finetune(
+    folder: Path,
+    sparse: Checkpoint,
+    config: SlimConfig,
+    data: Dataset,
+    track: Track = no_progress,
+) -> Checkpoint:
+    """Select, switch off and fine-tune, in ``prune_steps`` steps; save the net.
+
+    Each step but the last has a folder of its own, a target on the way (shares of cost fall
+    by the same factor each time), and its part of the fine-tuning epochs.
+    """
+    steps, latest = config.prune_steps, sparse
+    for step in range(1, steps + 1):
+        here, on_the_way = folder, config
+        if step < steps:
+            assert config.target is not None
+            target = Target.parse(config.target).after(step / steps)
+            here, on_the_way = folder / f"step-{step}", replace(config, target=str(target))
+        epochs = (
+            config.finetune_epochs * step // steps - config.finetune_epochs * (step - 1) // steps
+        )
+        on_the_way = replace(on_the_way, finetune_epochs=epochs)
+        if (here / "finetuned.pt").exists():
+            masked = Checkpoint.load(here / "masked.pt")  # a latency is never measured twice alike
+        else:
+            masked = prune(latest, on_the_way, here, data)
+        latest = finetune(here, masked, on_the_way, data, track)
+    return latest
 
 
 def task_of(net: PlainNet) -> Task | None:
@@ -333,12 +600,27 @@ def task_of(net: PlainNet) -> Task | None:
         return None
 
 
-def deploy(checkpoint: Checkpoint) -> PlainNet:
-    """The plain net of a checkpoint: converted, dead channels removed, BNs folded."""
-    plain = convert(checkpoint.build(), checkpoint.task.example_input())
-    net = collapse(remove_dead_channels(plain))
-    net.info = {"model": checkpoint.config.model, **dataclasses.asdict(checkpoint.task)}
-    return net
+def deploy(checkpoint: Checkpoint, choose: Choose | None = None) -> PlainNet:
+    """The net of a checkpoint: converted, dead channels removed, BNs folded, lowered.
+
+    Args:
+        checkpoint: A slimmable model.
+        choose: How to choose the forms that the checkpoint does not name, where the net may
+            have additions; by default what its platform runs fastest.
+    """
+    config, example = checkpoint.config, checkpoint.task.example_input()
+    net = collapse(remove_dead_channels(convert(checkpoint.build(), example, keep_bn=False)))
+    net.info = {"model": config.model, **dataclasses.asdict(checkpoint.task)}
+    if config.lowering == "plain":
+        return net
+    known, decide = checkpoint.forms or {}, choose or fastest(config.platform)
+
+    def form(name: str, forms: Mapping[Form, nn.Module], x: Tensor) -> Form:
+        if name in known and known[name] in forms:
+            return known[name]
+        return decide(name, forms, x)
+
+    return lower(net, example, form)
 
 
 def plain_paths(folder: Path, source: Path) -> tuple[Path, Path]:
@@ -361,7 +643,7 @@ def finetune_plain(
         net.load_state_dict(checkpoint.model)
     else:
         checkpoint = Checkpoint("plain", config, Task.of(data), net.state_dict())
-    checkpoint = _fit(net, checkpoint, config.finetuning(), data, path, device, track)
+    checkpoint = fit_kept(net, checkpoint, config.finetuning(), data, path, device, track)
     save(collapse(net).cpu(), result)
     return checkpoint
 
@@ -376,20 +658,21 @@ def report(
     """Measure the model at the begin, after both trainings, and pruned; write table and picture."""
     config = sparse.config
     net = load(folder / "net.safetensors")
-    original = _trained_model(config, len(data.classes)).eval()
+    original = trained_model(config, len(data.classes)).eval()
     models = {
         "residual, untrained" if config.weights is None else "residual, as given": original,
         "residual, after sparsity training": sparse.build(),
         "residual, fine-tuned under masks": finetuned.build(),
-        "plain, pruned": net,
+        "plain, pruned" if net.is_plain else "pruned": net,
     }
-    table = compare(models, finetuned.task.example_input()[:1], data, track=track)
-    write_csv(table.assign(**environment(threads=1)), folder / "report.csv")
+    example = finetuned.task.example_input()
+    table = compare(models, example, data, platform=config.platform, track=track)
+    write_csv(table.assign(**environment(config.platform)), folder / "report.csv")
     plot_run(pd.read_csv(folder / "metrics.csv"), net, folder / "run.png")
     return table
 
 
-def _trained_model(config: SlimConfig, classes: int) -> nn.Module:
+def trained_model(config: SlimConfig, classes: int) -> nn.Module:
     """The model that a run starts from."""
     return create_model(config.model, num_classes=classes, weights=config.weights)
 
@@ -405,7 +688,7 @@ def read_config(folder: Path) -> SlimConfig | None:
         raise StoreError(f"{path} is not the config.json of an rmprune run") from error
 
 
-def _fit(
+def fit_kept(
     model: nn.Module,
     start: Checkpoint,
     config: TrainingConfig,
@@ -413,16 +696,19 @@ def _fit(
     path: Path,
     device: torch.device,
     track: Track,
-    penalty: Penalty | None = None,
-    teacher: nn.Module | None = None,
+    penalty: Pull | None = None,
 ) -> Checkpoint:
     """Train from a checkpoint on; every epoch replaces the file at ``path``."""
     latest = start
+    teacher = None
+    if start.config.distill:
+        teacher = trained_model(start.config, len(data.classes))
+    data, _ = hold_out(data, start.config.holdout)
 
     def after_epoch(result: EpochResult, state: dict[str, Any]) -> None:
         nonlocal latest
         row = {"stage": start.stage, **dataclasses.asdict(result)}
-        latest = dataclasses.replace(latest, **state, history=(*latest.history, row))
+        latest = replace(latest, **state, history=(*latest.history, row))
         latest.save(path)
         _write_metrics(path.with_name("metrics.csv"), latest)
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import update_bn
 
 from rmprune.blocks import Unit, split_units
+from rmprune.costs import Lowering
 from rmprune.errors import PruningError, UsageError
-from rmprune.graph import Block, Layer, parse
+from rmprune.graph import Block, Layer, PadChannels, Subsample, parse
 from rmprune.norms import fold_shortcut
 
 
@@ -28,6 +31,11 @@ class Masks:
     keep: Mapping[str, Tensor]
     forced: tuple[str, ...] = ()
 
+    def within(self, others: Masks) -> Masks:
+        """The channels that both keep."""
+        keep = {name: mask & others.keep[name] for name, mask in self.keep.items()}
+        return Masks(keep, self.forced)
+
     @property
     def channels(self) -> int:
         """All channels that have a scale."""
@@ -39,7 +47,15 @@ class Masks:
         return sum(int((~mask).sum()) for mask in self.keep.values())
 
 
-def select(slim: fx.GraphModule, threshold: float) -> Masks:
+def select(
+    slim: fx.GraphModule,
+    threshold: float,
+    *,
+    savings: Mapping[str, float] | None = None,
+    lowering: Lowering = "plain",
+    round_to: int = 1,
+    spared: Collection[str] = (),
+) -> Masks:
     """Choose the channels whose scale reaches a threshold.
 
     An inner channel of a block goes when its own scale is under the threshold, a reserved
@@ -50,16 +66,26 @@ def select(slim: fx.GraphModule, threshold: float) -> Masks:
 
     Args:
         slim: A slimmable model, see `rmprune.add_shortcut_bn`; left as it is.
-        threshold: On ``|γ|``.
+        threshold: On ``|γ|``, or on ``|γ|`` over what the channel's removal saves.
+        savings: What one channel of each BN saves, by path; see `rmprune.costs`. Channels
+            that save nothing stay.
+        lowering: What the net is made for. In a ``"plain"`` net an output channel costs the
+            same whether a block's body makes it, its shortcut, or both; with ``"auto"`` the
+            body's part goes by its own scale, too.
+        round_to: The channels that each convolution of the net computes become a multiple of
+            this: those with the largest scales come back, where there are enough.
+        spared: BNs that keep their largest scale even if all lie under the threshold.
 
     Raises:
-        UsageError: The threshold is negative or not a number.
+        UsageError: The threshold is negative or not a number, or there is no such multiple.
         PruningError: A block has no shortcut BN, or its last convolution has no BN.
         ConversionError: The model is no chain of residual blocks.
     """
     if not 0 <= threshold < math.inf:
         raise UsageError(f"the threshold must be finite and not negative, but it is {threshold}")
-    selection = _Selection(threshold)
+    if round_to < 1:
+        raise UsageError(f"widths can be multiples of 1 or more, not of {round_to}")
+    selection = _Selection(threshold, savings, lowering, round_to, spared)
     for item in parse(slim).items:
         if isinstance(item, Block):
             selection.visit_block(item)
@@ -71,15 +97,26 @@ def select(slim: fx.GraphModule, threshold: float) -> Masks:
 class _Selection:
     """A walk from input to output that knows which channels of the tensor at hand live."""
 
-    def __init__(self, threshold: float) -> None:
+    def __init__(
+        self,
+        threshold: float,
+        savings: Mapping[str, float] | None,
+        lowering: Lowering,
+        round_to: int,
+        spared: Collection[str],
+    ) -> None:
         self.threshold = threshold
+        self.savings = savings
+        self.lowering = lowering
+        self.round_to = round_to
+        self.spared = spared
         self.keep: dict[str, Tensor] = {}
         self.forced: list[str] = []
         self.live: Tensor | None = None  # None: no BN seen yet, all channels live
 
     def visit_layer(self, layer: Layer) -> None:
         if isinstance(layer.module, nn.BatchNorm2d):
-            self.live = self._at_least_one(layer, self._above(layer))
+            self.live = self._rounded(layer, self._at_least_one(layer, self._above(layer)))
             self.keep[layer.name] = self.live
         elif isinstance(layer.module, nn.Conv2d):
             self.live = None
@@ -97,21 +134,33 @@ class _Selection:
         reserved = self._above(head)
         if self.live is not None:
             reserved &= self.live
+        made = self._above(last)
+        apart = self.lowering == "auto" and _receiver(block) is not None
         body_lives = all(bool(mask.any()) for mask in inner.values())
+        if apart:
+            body_lives &= bool(made.any())
         if not body_lives and not reserved.any():
             inner = {bn: self._at_least_one(bn, mask) for bn, mask in inner.items()}
             body_lives = True
+        besides = 0 if apart else int(reserved.sum())  # other rows of the same convolution
         for bn, mask in inner.items():
-            self.keep[bn.name] = mask & body_lives
+            kept = self._rounded(bn, mask, besides) if body_lives else mask & False
+            self.keep[bn.name] = kept
         self.keep[head.name] = reserved
 
-        output = self._above(last) & body_lives
-        output |= self._shortcut_lives(remainder, reserved)
-        output = self._at_least_one(last, output)
-        for layer in (last, *remainder):
+        made &= body_lives
+        carried = self._shortcut_lives(remainder, reserved)
+        if not (made | carried).any():
+            made = self._at_least_one(last, made)
+        if body_lives:
+            made |= self._rounded(last, made | carried) & ~carried
+        if body_lives and apart:
+            made = self._rounded(last, made, among=carried)
+        self.live = made | carried
+        self.keep[last.name] = made if apart else self.live
+        for layer in remainder:
             if isinstance(layer.module, nn.BatchNorm2d):
-                self.keep[layer.name] = output
-        self.live = output
+                self.keep[layer.name] = carried if apart else self.live
 
     def _shortcut_lives(self, remainder: list[Layer], reserved: Tensor) -> Tensor:
         """Which outputs of a shortcut are kept by it, ``(out,)``."""
@@ -119,11 +168,35 @@ class _Selection:
         like = next((t for module in modules for t in module.parameters()), torch.ones(1))
         shortcut = fold_shortcut(modules, len(reserved), like)
         if any(isinstance(module, nn.Conv2d) for module in modules):
-            return (shortcut.scale >= self.threshold).cpu() & reserved.any()
+            bns = [layer for layer in remainder if isinstance(layer.module, nn.BatchNorm2d)]
+            kept = self._above(bns[-1]) if bns else (shortcut.scale >= self.threshold).cpu()
+            return kept & reserved.any()
         return (shortcut.weight.cpu() != 0).float() @ reserved.float() > 0
 
     def _above(self, layer: Layer) -> Tensor:
-        return (_scale(layer) >= self.threshold).cpu()
+        saving = 1.0 if self.savings is None else self.savings[layer.name]
+        above = (_scale(layer) >= self.threshold * saving).cpu()
+        if layer.name in self.spared and not above.any():
+            above[_scale(layer).argmax()] = True
+        return above
+
+    def _rounded(
+        self, layer: Layer, mask: Tensor, besides: int = 0, among: Tensor | None = None
+    ) -> Tensor:
+        """The mask with the next largest scales, so that the width is a multiple.
+
+        Args:
+            layer: The BN.
+            mask: ``(channels,)`` of bool.
+            besides: Channels that count, too.
+            among: Where channels may come back; everywhere if None.
+        """
+        missing = -(int(mask.sum()) + besides) % self.round_to
+        free = ~mask if among is None else ~mask & among
+        if missing == 0 or missing > int(free.sum()):
+            return mask
+        back = _scale(layer).cpu().masked_fill(~free, -1).topk(missing).indices
+        return mask.index_fill(0, back, True)
 
     def _at_least_one(self, layer: Layer, mask: Tensor) -> Tensor:
         if mask.any():
@@ -149,6 +222,14 @@ def _last_bn(units: list[Unit]) -> Layer:
     return units[-1].bn
 
 
+def _receiver(block: Block) -> nn.BatchNorm2d | None:
+    """The BN whose β stands for all that a shortcut adds, or None if a convolution is last."""
+    tail = [layer.module for layer in block.shortcut]
+    while tail and isinstance(tail[-1], PadChannels | Subsample):
+        tail.pop()
+    return tail[-1] if tail and isinstance(tail[-1], nn.BatchNorm2d) else None
+
+
 class _Held(nn.Module):
     """Keeps the switched-off channels of a parameter at exactly zero, at every step."""
 
@@ -168,7 +249,8 @@ def apply_masks(slim: fx.GraphModule, masks: Masks) -> None:
     A channel that is off has γ = β = 0 in its BN (as parametrizations, so that neither
     momentum nor weight decay revives it), and then contributes exactly nothing: removing it
     later changes no output. The constant β that a switched-off shortcut channel would leave
-    moves to the next BN behind it. Masks may be applied again; the new ones replace the old.
+    moves to the next BN behind it, and that of a block's last BN to a shortcut that keeps the
+    channel. Masks may be applied again; the new ones replace the old.
 
     Args:
         slim: The slimmable model that the masks were selected from; changed in place.
@@ -184,19 +266,52 @@ def apply_masks(slim: fx.GraphModule, masks: Masks) -> None:
         if not isinstance(bn, nn.BatchNorm2d) or bn.num_features != len(mask):
             raise PruningError(f"the masks are of another model: {name!r} does not fit")
     for name in bns:
-        for parameter in ("weight", "bias"):
-            if parametrize.is_parametrized(slim.get_submodule(name), parameter):
-                parametrize.remove_parametrizations(slim.get_submodule(name), parameter)
+        _release(slim.get_submodule(name))
     for block in chain.blocks:
         if block.shortcut and block.shortcut[0].name in masks.keep:
             _move_constants(block, masks.keep[block.shortcut[0].name])
+            _move_offsets(block, masks.keep)
     for name, mask in masks.keep.items():
         bn = slim.get_submodule(name)
         assert isinstance(bn, nn.BatchNorm2d)
-        held = mask.to(bn.weight)
-        for parameter in ("weight", "bias"):
-            parametrize.register_parametrization(bn, parameter, _Held(held))
-        bn.train(bn.training)  # the new parametrizations come in training mode
+        _hold(bn, mask)
+
+
+def _hold(bn: nn.BatchNorm2d, mask: Tensor) -> None:
+    for name in ("weight", "bias"):
+        if parametrize.is_parametrized(bn, name):
+            _held(bn, name).mask.copy_(mask)
+        else:
+            held = _Held(mask.to(getattr(bn, name)))
+            parametrize.register_parametrization(bn, name, held)
+    bn.train(bn.training)  # new parametrizations come in training mode
+
+
+@torch.no_grad()
+def _release(bn: nn.Module) -> None:
+    """Let go of what masks hold, at the values that it has.
+
+    The parametrizations stay: torch takes them from a module's class, which copies share.
+    """
+    for name in ("weight", "bias"):
+        if parametrize.is_parametrized(bn, name):
+            held = _held(bn, name)
+            _parameter(bn, name).mul_(held.mask)
+            held.mask.fill_(1)
+
+
+def _held(bn: nn.Module, name: str) -> _Held:
+    parametrizations = bn.get_submodule(f"parametrizations.{name}")
+    assert isinstance(parametrizations, nn.ModuleList)
+    held = parametrizations[0]
+    assert isinstance(held, _Held)
+    return held
+
+
+def _parameter(bn: nn.Module, name: str) -> Tensor:
+    """What can be changed in place, whether masks hold it or not."""
+    held = parametrize.is_parametrized(bn, name)
+    return bn.get_parameter(f"parametrizations.{name}.original" if held else name)
 
 
 @torch.no_grad()
@@ -215,5 +330,65 @@ def _move_constants(block: Block, keep: Tensor) -> None:
             break
         before.append(module)
     else:
-        last.bias.add_(fold_shortcut(remainder, len(constants), constants).weight @ constants)
-    head.bias.sub_(constants)
+        moved = fold_shortcut(remainder, len(constants), constants).weight @ constants
+        _parameter(last, "bias").add_(moved)
+    _parameter(head, "bias").sub_(constants)
+
+
+@torch.no_grad()
+def _move_offsets(block: Block, keep: Mapping[str, Tensor]) -> None:
+    """Give what a body's switched-off outputs leave behind to the shortcut that goes on."""
+    last = _last_bn(split_units(block.body))
+    receiver, bn = _receiver(block), last.module
+    assert isinstance(bn, nn.BatchNorm2d)
+    if receiver is None:
+        return
+    names = [layer.name for layer in block.shortcut if layer.module is receiver]
+    behind = [layer.module for layer in block.shortcut]
+    behind = behind[behind.index(receiver) + 1 :]
+    offsets = bn.bias * ~keep[last.name].to(bn.bias.device)
+    matrix = fold_shortcut(behind, receiver.num_features, offsets).weight
+    carried = matrix * keep[names[0]].to(matrix)
+    _parameter(receiver, "bias").add_(offsets @ carried)
+    _parameter(bn, "bias").sub_(offsets * (carried != 0).any(1))
+
+
+@torch.no_grad()
+def move_statistics(
+    masked: fx.GraphModule, slim: fx.GraphModule, calibration_batches: Iterable[Tensor]
+) -> None:
+    """Give a masked model the BN statistics that it has now.
+
+    A switched-off channel leaves a constant, which the next BN has in its running mean. The
+    statistics move by what the calibration batches show of the difference between the models:
+    where masks change nothing, nothing moves.
+
+    Args:
+        masked: `slim` after `apply_masks`, in evaluation mode; changed in place.
+        slim: The model before.
+        calibration_batches: Normalised images, ``(N, C, H, W)`` each.
+    """
+    batches = list(calibration_batches)
+    before, after = (_batch_statistics(model, batches) for model in (slim, masked))
+    for name, (mean, var) in after.items():
+        bn = masked.get_submodule(name)
+        old_mean, old_var = before[name]
+        assert isinstance(bn, nn.BatchNorm2d)
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        bn.running_mean.add_(mean - old_mean)
+        bn.running_var.mul_((var + bn.eps) / (old_var + bn.eps))
+
+
+def _batch_statistics(
+    model: fx.GraphModule, batches: Sequence[Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and variance that each BN sees, all of them normalising by the batch."""
+    model = copy.deepcopy(model)
+    update_bn(batches, model)
+    bns = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d))
+    return {
+        name: (bn.running_mean, bn.running_var)
+        for name, bn in bns
+        if bn.running_mean is not None and bn.running_var is not None
+    }

@@ -9,20 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
 
-from rmprune.blocks import channel_guards
-from rmprune.convert import convert
-from rmprune.errors import UsageError
-from rmprune.graph import Block, Chain, parse, trace
-from rmprune.measure import layer_macs
+from rmprune.graph import Block, parse, trace
 from rmprune.norms import Moments
-
-Cost = Literal["macs", "uniform"]
 
 
 def add_shortcut_bn(model: nn.Module, calibration_batches: Iterable[Tensor] = ()) -> fx.GraphModule:
@@ -99,49 +91,13 @@ def scale_parameters(slim: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def penalty_weights(slim: fx.GraphModule, example_input: Tensor, cost: Cost) -> dict[str, float]:
-    """How strongly each BN's scales are penalised, relative to the mean channel.
-
-    Args:
-        slim: A slimmable model.
-        example_input: ``(N, C, H, W)``; its size decides the MACs.
-        cost: ``"macs"``: by the MACs that removing a channel saves in the plain net (its
-            row in one convolution and its column in the next); ``"uniform"``: all alike.
-
-    Returns:
-        Path of a BN to its weight; the mean over all channels is 1.
-    """
-    scales = scale_parameters(slim)
-    if cost == "uniform":
-        return dict.fromkeys(scales, 1.0)
-    if cost != "macs":
-        raise UsageError(f"unknown cost {cost!r}; known: macs, uniform")
-    was_training = slim.training
-    slim.eval()
-    savings = _saved_macs(parse(slim), slim, example_input)
-    slim.train(was_training)
-    channels = sum(len(scales[name]) for name in savings)
-    mean = sum(saving * len(scales[name]) for name, saving in savings.items()) / channels
-    return {name: savings.get(name, mean) / mean for name in scales}
-
-
-def _saved_macs(chain: Chain, slim: nn.Module, example_input: Tensor) -> dict[str, float]:
-    """MACs of the plain net that one channel of each BN stands for."""
-    plain = convert(slim, example_input[:1])
-    assert plain.input_shape is not None
-    macs = layer_macs(plain, plain.input_shape)
-    weighted = [
-        (name, module)
-        for name, module in plain.named_children()
-        if isinstance(module, nn.Conv2d | nn.Linear)
-    ]
-    saved: dict[str, float] = {}
-    guards = {name.replace(".", "_"): bns for name, bns in channel_guards(chain).items()}
-    for (name, module), (next_name, _) in pairwise(weighted):
-        channels = len(module.weight)
-        for bn in guards.get(name, ()):
-            saved[bn] = (macs[name] + macs[next_name]) / channels
-    return saved
+def scales_of(slim: nn.Module) -> dict[str, Tensor]:
+    """``|γ|`` of every BN, by the BN's path; 0 where masks hold a channel off."""
+    return {
+        name: module.weight.detach().abs()
+        for name, module in slim.named_modules()
+        if isinstance(module, nn.BatchNorm2d) and isinstance(module.weight, Tensor)
+    }
 
 
 class Penalty:
@@ -150,7 +106,7 @@ class Penalty:
     Args:
         scales: γ of every BN, by path.
         sparsity: λ of the mean channel, not negative.
-        weights: Factor for each BN, by path; see `penalty_weights`.
+        weights: Factor for each BN, by path; see `rmprune.costs.relative`.
     """
 
     def __init__(
@@ -160,10 +116,10 @@ class Penalty:
         self._strengths = [sparsity * weights[name] for name in scales]
 
     @torch.no_grad()
-    def add_to_gradients(self) -> None:
-        """``g += λ sign(γ)`` for all BNs at once; gradients must not be scaled."""
+    def add_to_gradients(self, share: float = 1.0) -> None:
+        """``g += share · λ sign(γ)`` for all BNs at once; gradients must not be scaled."""
         pulls = list(torch._foreach_sign(self._scales))
-        torch._foreach_mul_(pulls, self._strengths)
+        torch._foreach_mul_(pulls, [share * strength for strength in self._strengths])
         gradients = [scale.grad for scale in self._scales if scale.grad is not None]
         assert len(gradients) == len(pulls)
         torch._foreach_add_(gradients, pulls)

@@ -17,7 +17,7 @@ import uuid
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -28,13 +28,19 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import StoreError
-from rmprune.layers import FUNCTIONS, ChannelGate, PartialActivation
+from rmprune.layers import (
+    FUNCTIONS,
+    ChannelGate,
+    ChannelSelection,
+    PartialActivation,
+    ResidualBlock,
+)
 from rmprune.plain import PlainNet, Width
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = 1
+FORMAT = 2  # 1 knew no blocks with additions
 KEY = "rmprune"  # of the description in the metadata
 _FIELDS = ("layers", "input_shape", "converted_widths", "widths", "info")
 _MAX_HEADER = 100_000_000  # bytes; safetensors itself refuses longer ones
@@ -94,7 +100,7 @@ _ARGUMENTS: dict[str, _Check] = {
     **dict.fromkeys(("in_channels", "out_channels", "groups", "num_features"), _count),
     **dict.fromkeys(("in_features", "out_features", "num_parameters"), _count),
     **dict.fromkeys(("kernel_size", "stride", "dilation"), _pair(_count)),
-    **dict.fromkeys(("bias", "affine", "track_running_stats", "inplace"), _flag),
+    **dict.fromkeys(("scale", "bias", "affine", "track_running_stats", "inplace"), _flag),
     **dict.fromkeys(("ceil_mode", "return_indices", "count_include_pad"), _flag),
     **dict.fromkeys(("eps", "negative_slope", "init", "p"), _number),
     **dict.fromkeys(("start_dim", "end_dim"), _integer),
@@ -106,6 +112,7 @@ _ARGUMENTS: dict[str, _Check] = {
     "num_channels": _count,
     "activation": _function,
     "sizes": _list_of(_count),
+    "channels": _list_of(_size),
     "activations": _list_of(_function),
 }
 _CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
@@ -138,7 +145,9 @@ LAYERS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "Tanh": (nn.Tanh, ()),
     "ChannelGate": (ChannelGate, ("sizes", "activations")),
     "PartialActivation": (PartialActivation, ("activation", "num_channels")),
+    "ChannelSelection": (ChannelSelection, ("in_channels", "channels", "stride", "scale", "bias")),
 }
+BLOCK = "ResidualBlock"  # the one entry that holds others
 
 
 def save(net: nn.Sequential, path: Path | str) -> None:
@@ -154,12 +163,7 @@ def save(net: nn.Sequential, path: Path | str) -> None:
     with _explained(f"cannot save {path}"):
         text = _to_json(_describe(net))
         _check_fit(_build(json.loads(text)), net.state_dict())
-        tensors = {
-            # A copy for each name: safetensors refuses shared storage and other memory formats.
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, tensor in net.state_dict().items()
-        }
-        data = safetensors.torch.save(tensors, {KEY: text})
+        data = safetensors.torch.save(_copies(net.state_dict()), {KEY: text})
     with _atomic(path) as handle:
         handle.write(data)
 
@@ -173,13 +177,47 @@ def load(path: Path | str) -> PlainNet:
     with _explained(f"cannot load {path}"):
         data = _read_safetensors(Path(path))
         net = _build(_description(data))
-        try:
-            tensors = safetensors.torch.load(data)
-        except Exception as error:  # safetensors' own, and what unknown dtypes raise
-            raise StoreError(f"it is cut off or damaged ({_line(error)}); copy it again") from error
+        tensors = _tensors(data)
         _check_fit(net, tensors)
         net.load_state_dict(tensors, strict=True, assign=True)
     return net.eval()
+
+
+def save_tensors(state: Mapping[str, Tensor], path: Path | str) -> None:
+    """Write a state dict to a ``.safetensors`` file, for `load_tensors`.
+
+    Raises:
+        StoreError: The file cannot be written.
+    """
+    data = safetensors.torch.save(_copies(state))
+    with _atomic(path) as handle:
+        handle.write(data)
+
+
+def load_tensors(path: Path | str) -> dict[str, Tensor]:
+    """Read the tensors of a ``.safetensors`` file, on the CPU.
+
+    Raises:
+        StoreError: The file is missing, damaged or of another kind.
+    """
+    with _explained(f"cannot load {path}"):
+        return _tensors(_read_safetensors(Path(path)))
+
+
+def _copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy for each name: safetensors refuses shared storage and other memory formats."""
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
+
+
+def _tensors(data: bytes) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load(data)
+    except Exception as error:  # safetensors' own, and what unknown dtypes raise
+        raise StoreError(f"it is cut off or damaged ({_line(error)}); copy it again") from error
+    return tensors
 
 
 def save_checkpoint(state: dict[str, Any], path: Path | str) -> None:
@@ -403,6 +441,14 @@ def _has_string_keys(value: Any) -> bool:
 
 def _describe_layer(name: str, layer: nn.Module | None) -> dict[str, Any]:
     kind = type(layer).__name__
+    if type(layer) is ResidualBlock:
+        shortcuts = {"added": layer.added, "passed": layer.passed}
+        return {
+            "name": name,
+            "type": BLOCK,
+            "body": [_describe_layer(n, m) for n, m in layer.body._modules.items()],
+            **{k: None if m is None else _describe_layer(k, m) for k, m in shortcuts.items()},
+        }
     if isinstance(layer, nn.Module) and any(layer.children()):
         raise StoreError(f"layer {name!r} ({kind}) holds other layers; a plain net is a flat list")
     cls, names = LAYERS.get(kind, (None, ()))
@@ -417,8 +463,8 @@ def _describe_layer(name: str, layer: nn.Module | None) -> dict[str, Any]:
             "be saved"
         )
     arguments = {key: getattr(layer, key) for key in names}
-    if "bias" in arguments:
-        arguments["bias"] = arguments["bias"] is not None
+    for key in {"scale", "bias"} & arguments.keys():  # tensors or None
+        arguments[key] = arguments[key] is not None
     _check_arguments(name, kind, arguments)
     return {"name": name, "type": kind, "arguments": arguments}
 
@@ -447,21 +493,55 @@ def _build(description: Any) -> PlainNet:
         raise StoreError(f"its input_shape is {shape!r}, not channels, height and width")
     if not isinstance(layers, list) or not isinstance(info, dict):
         raise StoreError("its list of layers or its info is missing, so it is damaged")
+    built = _build_list(layers, _build_entry)
+    return PlainNet(built, shape and tuple(shape), _widths(converted), _widths(widths), info)
+
+
+def _build_list(
+    entries: list[Any], build: Callable[[Any], tuple[str, nn.Module]]
+) -> OrderedDict[str, nn.Module]:
     built: OrderedDict[str, nn.Module] = OrderedDict()
-    for entry in layers:
-        name, layer = _build_layer(entry)
+    for entry in entries:
+        name, layer = build(entry)
         if name in built:
             raise StoreError(f"two layers have the name {name!r}")
         built[name] = layer
-    return PlainNet(built, shape and tuple(shape), _widths(converted), _widths(widths), info)
+    return built
+
+
+def _build_entry(entry: Any) -> tuple[str, nn.Module]:
+    """A layer, or a block of layers; blocks do not stand in blocks."""
+    if not isinstance(entry, dict) or entry.get("type") != BLOCK:
+        return _build_layer(entry)
+    if entry.keys() != {"name", "type", "body", "added", "passed"}:
+        raise StoreError(f"an entry of the type {BLOCK} has not a body and its shortcuts")
+    body = entry["body"]
+    if not isinstance(body, list):
+        raise StoreError(f"the body of a {BLOCK} is not a list of layers")
+    layers = _build_list(body, _build_layer)
+    added, passed = (
+        None if entry[key] is None else _build_layer(entry[key])[1] for key in ("added", "passed")
+    )
+    if not (
+        isinstance(added, nn.Conv2d | ChannelSelection | None)
+        and isinstance(passed, ChannelSelection | None)
+    ):
+        raise StoreError(f"a shortcut of a {BLOCK} neither selects channels nor convolves them")
+    if not any(isinstance(layer, nn.Conv2d) for layer in layers.values()):
+        raise StoreError(f"the body of a {BLOCK} has no convolution")
+    return _checked_name(entry["name"]), ResidualBlock(nn.Sequential(layers), added, passed)
+
+
+def _checked_name(name: Any) -> str:
+    if not isinstance(name, str) or not name or "." in name or hasattr(_NAMELESS, name):
+        raise StoreError(f"{name!r} cannot be the name of a layer; rename it")
+    return name
 
 
 def _build_layer(entry: Any) -> tuple[str, nn.Module]:
     if not isinstance(entry, dict) or entry.keys() != {"name", "type", "arguments"}:
         raise StoreError("an entry in its list of layers is not a name, a type and arguments")
-    name, kind, arguments = entry["name"], entry["type"], entry["arguments"]
-    if not isinstance(name, str) or not name or "." in name or hasattr(_NAMELESS, name):
-        raise StoreError(f"{name!r} cannot be the name of a layer; rename it")
+    name, kind, arguments = _checked_name(entry["name"]), entry["type"], entry["arguments"]
     if not isinstance(kind, str) or kind not in LAYERS:
         raise StoreError(
             f"layer {name!r} has the unknown type {kind!r}; this rmprune knows {', '.join(LAYERS)}"

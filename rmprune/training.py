@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,10 @@ from rmprune.data import Dataset, batch_count, train_batches
 from rmprune.errors import TrainingError, UsageError
 from rmprune.measure import evaluate
 from rmprune.progress import Track, no_progress
-from rmprune.slimming import Penalty
 
 Precision = Literal["auto", "float32", "bf16"]
 Compile = Literal["auto", "off", "on"]
+Schedule = Literal["constant", "warmup", "ramp"]
 STEPS_BETWEEN_LOSS_CHECKS = 50
 STEPS_WORTH_COMPILING = 3000  # compiling takes about a minute, a CPU step about 0.1 s
 
@@ -45,6 +45,7 @@ class TrainingConfig:
         distillation: Share of the loss that asks for a teacher's outputs instead of the labels
             (Hinton et al. 2015, arXiv 1503.02531), where there is a teacher.
         temperature: Softens both outputs for that share.
+        schedule: How a penalty rises over the training, see `penalty_share`.
         seed: Of data order, augmentation and dropout.
         precision: ``"bf16"`` autocasts; ``"auto"`` does so where the hardware computes it.
         compile: ``"on"``: `torch.compile` the model for training; ``"auto"`` does so in long
@@ -59,6 +60,7 @@ class TrainingConfig:
     weight_decay: float = 5e-4
     distillation: float = 0.7
     temperature: float = 4.0
+    schedule: Schedule = "constant"
     seed: int = 0
     precision: Precision = "auto"
     compile: Compile = "auto"
@@ -69,6 +71,13 @@ class TrainingConfig:
             value = getattr(self, name)
             if not (value >= least and math.isfinite(value)):
                 raise UsageError(f"{name} must be finite and at least {least}, but it is {value}")
+
+
+class Pull(Protocol):
+    """A penalty: what is added to gradients besides those of the loss."""
+
+    def add_to_gradients(self, share: float = 1.0) -> None:
+        """Add a share of the penalty's subgradient; gradients must not be scaled."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +106,25 @@ def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def penalty_share(schedule: Schedule, progress: float) -> float:
+    """How much of a penalty acts at some point of the training.
+
+    Args:
+        schedule: ``"constant"``: all of it; ``"warmup"``: it rises linearly over the first
+            tenth; ``"ramp"``: over the first half.
+        progress: Share of all steps done.
+    """
+    rise = {"constant": 0.0, "warmup": 0.1, "ramp": 0.5}[schedule]
+    return 1.0 if progress >= rise else progress / rise
+
+
 def total_step_size(config: TrainingConfig, data: Dataset) -> float:
-    """How far a constant gradient of 1 moves a parameter in the whole training."""
+    """How far a penalty's gradient of 1 moves a parameter in the whole training."""
     steps = config.epochs * batch_count(data.train, config.batch_size)
-    total = sum(learning_rate(config, step, steps) for step in range(steps))
+    total = sum(
+        learning_rate(config, step, steps) * penalty_share(config.schedule, step / steps)
+        for step in range(steps)
+    )
     return total / (1 - config.momentum)
 
 
@@ -176,7 +200,7 @@ def fit(
     data: Dataset,
     config: TrainingConfig,
     *,
-    penalty: Penalty | None = None,
+    penalty: Pull | None = None,
     teacher: nn.Module | None = None,
     device: torch.device | str = "cpu",
     resume_from: dict[str, Any] | None = None,
@@ -227,7 +251,11 @@ def fit(
             learning_rate(config, epoch * steps + step, config.epochs * steps)
             for step in range(steps)
         ]
-        loss = _train_epoch(batches, rates, loss_of, optimizer, penalty)
+        shares = [
+            penalty_share(config.schedule, (epoch + step / steps) / config.epochs)
+            for step in range(steps)
+        ]
+        loss = _train_epoch(batches, rates, shares, loss_of, optimizer, penalty)
         correct, total = evaluate(
             model,
             data.test,
@@ -304,20 +332,23 @@ def _epoch_batches(
 def _train_epoch(
     batches: Iterable[tuple[Tensor, Tensor]],
     rates: Sequence[float],
+    shares: Sequence[float],
     loss_of: Callable[[Tensor, Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
-    penalty: Penalty | None,
+    penalty: Pull | None,
 ) -> float:
-    """Take one step for each batch and learning rate; return the mean loss."""
+    """Take one step for each batch, learning rate and share; return the mean loss."""
     total: Tensor | float = 0.0
-    for step, ((images, labels), rate) in enumerate(zip(batches, rates, strict=True)):
+    for step, ((images, labels), rate, share) in enumerate(
+        zip(batches, rates, shares, strict=True)
+    ):
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = loss_of(images, labels)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         if penalty is not None:
-            penalty.add_to_gradients()
+            penalty.add_to_gradients(share)
         optimizer.step()
         total = total + loss.detach()
         if step % STEPS_BETWEEN_LOSS_CHECKS == 0 or step == len(rates) - 1:

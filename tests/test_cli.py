@@ -87,7 +87,7 @@ def test_the_stages_one_by_one(image_folder, tmp_path):
     assert (out / "sparse.pt").exists()
     for threshold in ("0.9", "0.95"):
         text = succeed("prune", out, "--threshold", threshold)
-        assert re.search(r"\d+ of 976 channels lie under", text)
+        assert re.search(r"\d+ of 976 channels are switched off", text)
         assert (out / f"threshold-{threshold}" / "pruned.safetensors").exists()
     masked = out / "threshold-0.9"
     # --data need not be said again.
@@ -103,6 +103,34 @@ def test_the_stages_one_by_one(image_folder, tmp_path):
     succeed("finetune", "--plain", net, *words)
     assert (masked / "net-finetuned.safetensors").exists()
     assert "layer1_0_conv1" in succeed("inspect", masked / "net-finetuned.safetensors")
+
+
+def test_targets_on_the_command_line(run):
+    out, _ = run
+    text = succeed("prune", out / "sparse.pt", "--target", "macs=0.5", "--lowering", "auto")
+    found = re.search(r"macs: (0\.\d+) of the original resnet20's", text)
+    assert 0.97 * 0.5 <= float(found[1]) <= 0.5
+    net = out / "macs-0.5" / "pruned.safetensors"
+    assert "layer1_0_conv1" in succeed("inspect", net)
+    assert "%" in succeed("eval", net)
+    # Whatever needs additions gone says so.
+    fail(1, "fine-tune the plain net", "finetune", "--plain", net, "--finetune-epochs", 1)
+
+
+def test_sweeping_and_plotting(image_folder, tmp_path):
+    out = tmp_path / "sweep"
+    words = ["--data", f"folder:{image_folder}", "--epochs", 0, "--finetune-epochs", 0]
+    words += ["--sparsity", 0.01, "--target", "macs=0.5", "--method", "torch-pruning:group-norm"]
+    text = succeed("sweep", *words, "--out", out)
+    assert "resnet20 torch-pruning:group-norm λ=0.01 macs=0.5 seed 0 (residual)" in text
+    fail(2, "--resume goes on with it", "sweep", *words, "--out", out)
+    for ending in ("png", "pdf"):
+        text = succeed("plot", out, "--backend", "torch", "--format", ending)
+        assert (out / f"figure7a.{ending}").exists()
+        assert (out / f"figure7b.{ending}").exists()
+    fail(2, "no latencies of torch at batch size 7; there are", "plot", out, "--backend", "torch",
+         "--batch-size", 7)  # fmt: skip
+    fail(2, "holds no sweep", "plot", tmp_path)
 
 
 def test_inspect(run):
@@ -222,7 +250,18 @@ WRONG_USE = {
         "must end in .png, .svg, .pdf",
     ),
     "unknown data": (["slim", "--data", "mnist"], "unknown data 'mnist'; known: digits"),
-    "unknown cost": (["slim", "--cost", "watts"], "'macs', 'uniform'"),
+    "unknown target": (["slim", "--target", "flops=1"], "unknown target 'flops'; known: latency"),
+    "two budgets": (["slim", "--target", "macs=0.5", "--threshold", "0.1"], "either --threshold"),
+    "steps without a target": (["slim", "--prune-steps", "3"], "name one"),
+    "a sweep to nowhere": (["sweep", "--sparsity", "1e-3"], "--threshold or --target"),
+    "a model without weights": (
+        [
+            *("sweep", "--sparsity", "1e-3", "--threshold", "1", "--model", "resnet20"),
+            *("--model", "resnet32", "--weights", str(README)),
+        ],
+        "2 models need 2 --weights, not 1",
+    ),
+    "unknown cost": (["slim", "--cost", "watts"], "'macs', 'params', 'latency', 'uniform'"),
     "unknown device": (["slim", "--device", "warp"], "device 'warp' cannot be used here"),
     "weights that are not there": (["slim", "--weights", "no.pt"], "'no.pt' does not exist"),
     "distilling without weights": (["slim", "--distill"], "--weights"),
@@ -268,7 +307,9 @@ def commands():
 
 
 def test_the_commands_are_these():
-    assert commands() == ["convert", "eval", "finetune", "inspect", "prune", "slim", "train"]
+    assert commands() == [
+        *("convert", "eval", "finetune", "inspect", "plot", "prune", "slim", "sweep", "train")
+    ]
 
 
 @pytest.mark.parametrize("name", commands())

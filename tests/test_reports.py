@@ -6,6 +6,7 @@ import torch
 from strategies import scramble
 from torch import nn
 
+from rmprune.backends import Platform
 from rmprune.convert import convert
 from rmprune.measure import count_macs, count_params
 from rmprune.models import create_model
@@ -82,7 +83,7 @@ def test_as_text_is_readable():
 
 
 def test_environment_names_what_figures_depend_on():
-    found = environment(threads=3)
+    found = environment(Platform(threads=3))
     assert found["threads"] == 3
     assert found["hardware"]
     assert re.fullmatch(r"torch \d+\.\d+.*", found["backend"])

@@ -1,17 +1,12 @@
 import copy
 
-import pytest
 import torch
-import torch_pruning as tp
 from hypothesis import given, settings
 from strategies import residual_networks, scramble
 
-from rmprune.convert import convert
-from rmprune.errors import UsageError
 from rmprune.graph import parse
-from rmprune.measure import count_macs
 from rmprune.models import create_model
-from rmprune.slimming import Penalty, add_shortcut_bn, penalty_weights, scale_parameters
+from rmprune.slimming import Penalty, add_shortcut_bn, scale_parameters
 
 X = torch.randn(4, 3, 13, 10, generator=torch.Generator().manual_seed(1)).double()
 IMAGE = torch.zeros(1, 3, 32, 32)
@@ -73,48 +68,3 @@ def test_every_bn_has_a_scale_and_shortcut_bns_are_included():
     scales = scale_parameters(slim)
     assert len(scales) == 19 + 9
     assert sum("shortcut_bn" in name for name in scales) == 9
-
-
-def test_uniform_cost_weighs_all_alike():
-    slim = add_shortcut_bn(create_model("resnet20"))
-    assert set(penalty_weights(slim, IMAGE, "uniform").values()) == {1.0}
-
-
-def test_mean_weight_is_one():
-    slim = add_shortcut_bn(create_model("resnet20"))
-    weights = penalty_weights(slim, IMAGE, "macs")
-    scales = scale_parameters(slim)
-    channels = [len(scales[name]) for name in scales]
-    mean = sum(weights[n] * c for n, c in zip(scales, channels, strict=True)) / sum(channels)
-    assert mean == pytest.approx(1)
-    assert weights.keys() == scales.keys()
-
-
-def test_macs_weights_are_what_a_removal_saves():
-    """Against torch-pruning: remove one channel of the plain net and count."""
-    slim = add_shortcut_bn(create_model("resnet20").eval())
-    weights = penalty_weights(slim, IMAGE, "macs")
-    plain = convert(slim, IMAGE)
-    whole = count_macs(plain, IMAGE)
-    # A block's first BN, its shortcut BN, its last BN, in a stage and where the shape changes.
-    places = {
-        "layer1.1.bn1": ("layer1_1_conv1", 0),
-        "layer1.1.shortcut_bn": ("layer1_1_conv1", 16),
-        "layer1.1.bn2": ("layer1_1_conv2", 0),
-        "layer2.0.shortcut_bn": ("layer2_0_conv1", 32),
-        "layer3.2.bn2": ("layer3_2_conv2", 0),
-    }
-    saved = {}
-    for bn, (conv, channel) in places.items():
-        net = copy.deepcopy(plain)
-        graph = tp.DependencyGraph().build_dependency(net, IMAGE)
-        module = dict(net.named_children())[conv]
-        graph.get_pruning_group(module, tp.prune_conv_out_channels, [channel]).prune()
-        saved[bn] = whole - count_macs(net, IMAGE)
-    ratios = {bn: weights[bn] / saved[bn] for bn in places}
-    assert max(ratios.values()) == pytest.approx(min(ratios.values()), rel=1e-6)
-
-
-def test_unknown_cost():
-    with pytest.raises(UsageError, match="unknown cost 'latency'; known: macs, uniform"):
-        penalty_weights(add_shortcut_bn(create_model("resnet20")), IMAGE, "latency")

@@ -1,0 +1,395 @@
+"""Sweeps: one training for every method, sparsity and seed, and many points from each.
+
+A sweep's folder holds ``results.csv`` (a row a net, appended when its point is finished),
+``nets/`` (every net, so that all can be timed in one run), ``latencies.csv`` (that run), and
+the trainings. A sweep that is stopped goes on with the first point that has no row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pandas as pd
+import torch
+from torch import nn
+
+from rmprune import runs
+from rmprune.backends import Platform, time_deployed
+from rmprune.data import Dataset
+from rmprune.errors import UsageError
+from rmprune.measure import count_macs, count_params, evaluate
+from rmprune.models import create_model
+from rmprune.progress import Track, no_progress
+from rmprune.reports import environment
+from rmprune.rivals import (
+    Rival,
+    RivalPenalty,
+    least_importance,
+    load_pruned,
+    prune_until,
+    with_convolved_shortcuts,
+)
+from rmprune.runs import Checkpoint, SlimConfig, Task
+from rmprune.store import load, load_tensors, save, save_tensors, write_csv, write_json
+from rmprune.targets import Target
+
+Method = Literal["rm", "slimming", Rival]
+METHODS: tuple[Method, ...] = ("rm", "slimming", *get_args(Rival))
+KEY = ["model", "method", "sparsity", "seed", "level"]
+COLUMNS = [
+    *(*KEY, "lowering", "accuracy", "params", "macs", "params_ratio", "macs_ratio"),
+    *("epochs", "finetune_epochs", "net", "seconds", "hardware", "error"),
+]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is combined with what.
+
+    Attributes:
+        base: Settings that all points share.
+        models: Names, each with its trained weights or None.
+        methods: ``rm``: rmprune, each point as the plain net and as the net with additions
+            chosen by measurement; ``slimming``: only the inner channels of the residual
+            network; and Torch-Pruning's BN-scale and group-norm pruners.
+        sparsities: λ of the penalty; of the rivals, their ``reg``.
+        levels: ``threshold=T``, or a target as `rmprune.targets` reads it. A rival's
+            threshold is on the importance of a group of channels.
+        seeds: Of everything random.
+    """
+
+    base: SlimConfig
+    models: tuple[tuple[str, str | None], ...]
+    methods: tuple[Method, ...]
+    sparsities: tuple[float, ...]
+    levels: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for method in self.methods:
+            if method not in METHODS:
+                raise UsageError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+        if not self.levels:
+            raise UsageError("a sweep needs levels to prune to: --threshold or --target")
+        for level in self.levels:
+            if not level.startswith("threshold="):
+                Target.parse(level)
+
+    def trainings(self) -> Iterator[tuple[Method, SlimConfig]]:
+        """Every training, with its settings."""
+        combinations = itertools.product(self.seeds, self.models, self.sparsities, self.methods)
+        for seed, (model, weights), sparsity, method in combinations:
+            config = replace(self.base, model=model, weights=weights, sparsity=sparsity, seed=seed)
+            if method == "slimming":
+                config = replace(config, scope="inner", lowering="auto")
+            yield method, config
+
+    def leveled(self, config: SlimConfig, level: str) -> SlimConfig:
+        """A training's settings for one of its points."""
+        kind, _, value = level.partition("=")
+        if kind == "threshold":
+            return replace(config, threshold=float(value), target=None)
+        return replace(config, target=level)
+
+
+def name_of(method: Method, config: SlimConfig, level: str = "") -> str:
+    """A name for the files of a training or of a point."""
+    parts = [config.model, method, f"{config.sparsity:g}", f"seed{config.seed}", level]
+    return "-".join(part for part in parts if part).replace(":", "-").replace("=", "-")
+
+
+def run(
+    folder: Path, sweep: Sweep, data: Dataset, track: Track = no_progress, say: Say = print
+) -> pd.DataFrame:
+    """Train and prune whatever has no row yet; then time all nets in one run.
+
+    Args:
+        folder: Of the sweep; whoever wants a new one gives a new folder.
+        sweep: What to do.
+        data: To train and test on.
+        track: Progress display of the trainings.
+        say: Told of every point.
+
+    Returns:
+        The content of ``results.csv``. A point that failed has its ``error``.
+    """
+    write_json(dataclasses.asdict(sweep), folder / "sweep.json")
+    for model, weights in sweep.models:
+        _add_original(folder, replace(sweep.base, model=model, weights=weights), data)
+    for method, config in sweep.trainings():
+        levels = [level for level in sweep.levels if not _is_done(folder, method, config, level)]
+        if not levels:
+            continue
+        place = folder / "trainings" / name_of(method, config)
+        train: Callable[[], Checkpoint] = lambda: _train(method, place, config, data, track)  # noqa: B023, E731
+        for level in levels:
+            here = sweep.leveled(config, level)
+            begin = time.perf_counter()
+            try:
+                rows = _point(method, place, train(), here, level, folder / "nets", data, track)
+            except Exception as error:  # whatever it is, the other points can still be had
+                rows = [{"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}]
+            seconds = time.perf_counter() - begin
+            for row in rows:
+                _append(folder, {**_key(method, config, level), **row, "seconds": seconds})
+                say(_in_words(method, config, level, row))
+    return results(folder)
+
+
+def results(folder: Path) -> pd.DataFrame:
+    """The rows of a sweep so far."""
+    path = folder / "results.csv"
+    rows = pd.read_csv(path) if path.exists() else pd.DataFrame()
+    return rows.reindex(columns=[*COLUMNS, *rows.columns.difference(COLUMNS)])
+
+
+def timed_results(folder: Path) -> pd.DataFrame:
+    """The rows of a sweep, once for each platform that its nets were timed on.
+
+    Raises:
+        UsageError: The folder holds no sweep, or one that has not been timed.
+    """
+    path = folder / "latencies.csv"
+    if not path.exists():
+        raise UsageError(f"{folder} has no latencies.csv: it holds no sweep, or an unfinished one")
+    rows = results(folder).drop(columns="hardware").merge(pd.read_csv(path), on="net")
+    return rows.assign(
+        removed_params=1 - rows["params_ratio"],
+        images_per_second=1000 * rows["batch_size"] / rows["latency_ms"],
+    )
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(k): v for k, v in row.items()} for row in table.to_dict("records")]
+
+
+def _key(method: str, config: SlimConfig, level: str) -> dict[str, Any]:
+    values = (config.model, method, config.sparsity, config.seed, level)
+    return dict(zip(KEY, values, strict=True))
+
+
+def _is_done(folder: Path, method: str, config: SlimConfig, level: str) -> bool:
+    rows = results(folder)
+    for column, value in _key(method, config, level).items():
+        rows = rows[rows[column] == value]
+    return not rows.empty
+
+
+def _append(folder: Path, row: Mapping[str, Any]) -> None:
+    rows = results(folder)
+    new = {**row, "hardware": environment()["hardware"]}
+    write_csv(pd.DataFrame([*_records(rows), new], columns=rows.columns), folder / "results.csv")
+
+
+def _in_words(method: str, config: SlimConfig, level: str, row: Mapping[str, Any]) -> str:
+    name = f"{config.model} {method} λ={config.sparsity:g} {level} seed {config.seed}"
+    if "error" in row:
+        return f"{name}: failed: {row['error']}"
+    share = f"{row['macs_ratio']:.1%} of the MACs, {row['params_ratio']:.1%} of the parameters"
+    return f"{name} ({row['lowering']}): {row['accuracy']:.2%}, {share}"
+
+
+def _add_original(folder: Path, config: SlimConfig, data: Dataset) -> None:
+    """The row of the model that a sweep begins with."""
+    config = replace(config, sparsity=0.0, seed=0)
+    if config.weights is None or _is_done(folder, "original", config, "original"):
+        return
+    model = runs.trained_model(config, len(data.classes)).eval()
+    row = _measured(model, config, data, "residual", f"{config.model}-original.safetensors")
+    save_tensors(model.state_dict(), folder / "nets" / row["net"])
+    _append(folder, {**_key("original", config, "original"), **row})
+
+
+def _train(
+    method: Method, place: Path, config: SlimConfig, data: Dataset, track: Track
+) -> Checkpoint:
+    """The training of a method, from where it stands."""
+    if method in ("rm", "slimming"):
+        return runs.train(place, config, data, track)
+    device = runs.pick_device(config.device)
+    torch.manual_seed(config.seed)
+    model = _rival_model(config, len(data.classes)).to(device)
+    example = Task.of(data).example_input(device)
+    start = Checkpoint(method, config, Task.of(data), model.state_dict())
+    if (place / "sparse.pt").exists():
+        start = Checkpoint.load(place / "sparse.pt")
+    penalty = RivalPenalty(model, example, _rival(method), config.sparsity)
+    return runs.fit_kept(
+        model, start, config.training(), data, place / "sparse.pt", device, track, penalty
+    )
+
+
+def _rival(method: Method) -> Rival:
+    assert method in get_args(Rival)
+    return method  # type: ignore[return-value]  # the line above
+
+
+def _rival_model(config: SlimConfig, classes: int) -> nn.Module:
+    return with_convolved_shortcuts(runs.trained_model(config, classes).eval())
+
+
+def _point(
+    method: Method,
+    place: Path,
+    trained: Checkpoint,
+    config: SlimConfig,
+    level: str,
+    nets: Path,
+    data: Dataset,
+    track: Track,
+) -> list[dict[str, Any]]:
+    """Prune to a level, fine-tune, save and measure; a row for each net."""
+    name = name_of(method, config, level)
+    here = place / level.replace("=", "-")
+    if method not in ("rm", "slimming"):
+        model = _pruned_rival(_rival(method), trained, config, here, data, track)
+        save_tensors(model.state_dict(), nets / f"{name}.safetensors")
+        return [_measured(model, config, data, "residual", f"{name}.safetensors")]
+    finished = runs.prune_and_finetune(here, trained, config, data, track)
+    found = {config.lowering: load(here / "net.safetensors")}
+    if method == "rm" and config.lowering == "auto":
+        found["plain"] = runs.deploy(replace(finished, config=replace(config, lowering="plain")))
+    rows = []
+    for lowering, net in found.items():
+        save(net, nets / f"{name}-{lowering}.safetensors")
+        rows.append(_measured(net, config, data, lowering, f"{name}-{lowering}.safetensors"))
+    return rows
+
+
+def _pruned_rival(
+    rival: Rival,
+    trained: Checkpoint,
+    config: SlimConfig,
+    here: Path,
+    data: Dataset,
+    track: Track,
+) -> nn.Module:
+    device = runs.pick_device(config.device)
+    example = trained.task.example_input()
+    model = _rival_model(config, len(data.classes))
+    model.load_state_dict(trained.model)
+
+    def enough(smaller: nn.Module) -> bool:
+        if config.target is None:
+            return least_importance(smaller, example, rival) >= config.threshold
+        target = Target.parse(config.target)
+        if target.kind == "accuracy-drop":
+            raise UsageError("Torch-Pruning's pruners are compared by thresholds and costs only")
+        return runs.deployed_ratio(target.kind, trained, smaller) <= target.value
+
+    smaller = prune_until(model, example, rival, enough).to(device)
+    start = Checkpoint(f"{rival} pruned", config, trained.task, smaller.state_dict())
+    path = here / "finetuned.pt"
+    if path.exists():
+        start = Checkpoint.load(path)
+    runs.fit_kept(smaller, start, config.finetuning(), data, path, device, track)
+    return smaller.cpu().eval()
+
+
+def _measured(
+    model: nn.Module, config: SlimConfig, data: Dataset, lowering: str, net: str
+) -> dict[str, Any]:
+    """What a row tells besides its key; latencies come later, all in one run."""
+    example = Task.of(data).example_input()
+    original = create_model(config.model, num_classes=len(data.classes)).eval()
+    params, macs = count_params(model), count_macs(model, example)
+    device = runs.pick_device(config.device)
+    correct, images = evaluate(
+        model.to(device), data.test, mean=data.mean, std=data.std, device=device
+    )
+    model.cpu()
+    return {
+        "lowering": lowering,
+        "accuracy": correct / images,
+        "params": params,
+        "macs": macs,
+        "params_ratio": params / count_params(original),
+        "macs_ratio": macs / count_macs(original, example),
+        "epochs": config.epochs,
+        "finetune_epochs": config.finetune_epochs,
+        "net": net,
+    }
+
+
+def load_net(folder: Path, row: Mapping[str, Any], classes: int) -> nn.Module:
+    """The net of a row of ``results.csv``."""
+    path = folder / "nets" / row["net"]
+    if row["lowering"] != "residual":
+        return load(path)
+    model = create_model(row["model"], num_classes=classes).eval()
+    if row["method"] in get_args(Rival):
+        model = with_convolved_shortcuts(model)
+    return load_pruned(model, load_tensors(path))
+
+
+def time_all(
+    folder: Path,
+    platforms: Sequence[Platform],
+    task: Task,
+    say: Say = print,
+    rounds: int = 15,
+    min_seconds: float = 0.1,
+) -> pd.DataFrame:
+    """Time all nets of a sweep, for each platform in one run and in turn.
+
+    Args:
+        folder: Of the sweep.
+        platforms: To time them on.
+        task: Whose images they take.
+        say: Told of every platform.
+        rounds: Samples per net and platform.
+        min_seconds: How long a sample lasts at least.
+
+    Returns:
+        The content of ``latencies.csv``: a row for each net and platform, with the columns
+        ``net``, ``backend``, ``batch_size``, ``threads``, ``latency_ms``, ``latency_iqr_ms``,
+        ``speedup`` over the original, and what it was measured on.
+
+    Raises:
+        UsageError: No point has a net.
+    """
+    rows = _records(results(folder).dropna(subset=["net"]))
+    if not rows:
+        raise UsageError(f"every point of {folder} failed; results.csv tells why")
+    nets = {row["net"]: load_net(folder, row, len(task.classes)) for row in rows}
+    reference = {row["model"]: row["net"] for row in rows if row["method"] == "original"}
+    for row in rows:
+        if row["model"] not in reference:
+            name = f"{row['model']}-original"
+            reference[row["model"]] = name
+            nets[name] = create_model(row["model"], num_classes=len(task.classes)).eval()
+    models = {row["net"]: row["model"] for row in rows}
+    measured = []
+    for platform in platforms:
+        say(f"timing {len(nets)} nets: {platform.versions}, batch {platform.batch_size}")
+        timings = time_deployed(
+            nets,
+            task.example_input(),
+            platform,
+            rounds=rounds,
+            min_seconds=min_seconds,
+            warn=False,
+        )
+        for net, model in models.items():
+            timing = timings[net]
+            measured.append(
+                {
+                    "net": net,
+                    "latency_ms": timing.median_ms,
+                    "latency_iqr_ms": timing.iqr_ms,
+                    "speedup": timings[reference[model]].median_ms / timing.median_ms,
+                    **environment(platform),
+                    "backend": platform.backend,
+                    "version": platform.versions,
+                }
+            )
+    table = pd.DataFrame(measured)
+    write_csv(table, folder / "latencies.csv")
+    return table

@@ -1,0 +1,73 @@
+"""Where nets run: equal outputs on every backend, and clear words where one is missing."""
+
+import importlib.util
+
+import pytest
+import torch
+from strategies import scramble
+from torch import nn
+
+from rmprune import backends
+from rmprune.backends import OnnxNetwork, Platform, deploy, installed, time_deployed
+from rmprune.errors import UsageError
+from rmprune.models import create_model
+
+needs_onnx = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnxscript")),
+    reason="the extra onnx is not installed",
+)
+
+
+@pytest.fixture
+def model():
+    return scramble(create_model("resnet20")).eval()
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("onnxruntime", marks=needs_onnx)])
+def test_a_deployed_net_computes_the_same(model, backend):
+    x = torch.randn(3, 3, 32, 32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    network = deploy(model, x, Platform(backend, batch_size=3))
+    expected = model(x)
+    torch.testing.assert_close(
+        network(x), expected, rtol=0, atol=1e-4 * expected.abs().max().item()
+    )
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("onnxruntime", marks=needs_onnx)])
+def test_timing(model, backend):
+    models = {"a": model, "b": nn.Sequential(nn.Conv2d(3, 4, 1))}
+    platform = Platform(backend, batch_size=4)
+    found = time_deployed(
+        models, torch.randn(2, 3, 32, 32), platform, rounds=2, min_seconds=0.001, warn=False
+    )
+    assert found["a"].median_ms > found["b"].median_ms > 0
+    assert found["a"].batch_size == 4
+    assert found["a"].backend == backend
+    assert platform.versions.startswith(f"{backend} ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backend": "tflite"}, "unknown backend 'tflite'; known: torch, onnxruntime"),
+        ({"threads": 0}, "threads must be at least 1, but it is 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ],
+)
+def test_unusable_platforms(settings, message):
+    with pytest.raises(UsageError, match=message):
+        Platform(**settings)
+
+
+def test_a_missing_extra_is_named(monkeypatch, model):
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(backends.importlib, "import_module", missing)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda _: None)
+    assert installed() == ("torch",)
+    with pytest.raises(UsageError, match=r"needs onnxruntime; .*pip install 'rmprune\[onnx\]'"):
+        OnnxNetwork(model, torch.zeros(1, 3, 8, 8), 1)

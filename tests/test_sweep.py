@@ -1,0 +1,180 @@
+"""Sweeps on real digits: every method, failures, and going on after a stop."""
+
+import dataclasses
+
+import pandas as pd
+import pytest
+import torch
+
+from rmprune import sweep as sweeps
+from rmprune.backends import Platform
+from rmprune.errors import TrainingError, UsageError
+from rmprune.measure import count_params, evaluate
+from rmprune.models import create_model
+from rmprune.plots import pareto_front, plot_sweep
+from rmprune.runs import SlimConfig, Task
+from rmprune.sweep import METHODS, Sweep
+
+CONFIG = SlimConfig(
+    epochs=1,
+    finetune_epochs=1,
+    batch_size=32,
+    lr=0.02,
+    precision="float32",
+    device="cpu",
+    lowering="auto",
+)
+pytestmark = pytest.mark.filterwarnings("ignore::rmprune.measure.WideSpreadWarning")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "resnet20.pt"
+    torch.save(create_model("resnet20").state_dict(), path)
+    return str(path)
+
+
+def plan(weights, **changes):
+    settings = {
+        "base": CONFIG,
+        "models": (("resnet20", weights),),
+        "methods": METHODS,
+        "sparsities": (1e-2,),
+        "levels": ("macs=0.5", "threshold=0.05"),
+        "seeds": (0,),
+    }
+    return Sweep(**{**settings, **changes})
+
+
+@pytest.fixture(scope="module")
+def swept(tiny, weights, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    said = []
+    table = sweeps.run(folder, plan(weights), tiny, say=said.append)
+    return folder, table, said
+
+
+def test_every_method_gives_its_points(swept, tiny):
+    folder, table, said = swept
+    assert table["error"].isna().all()
+    found = table.groupby("method")["lowering"].apply(sorted).to_dict()
+    assert found == {
+        "original": ["residual"],
+        "rm": ["auto", "auto", "plain", "plain"],
+        "slimming": ["auto", "auto"],
+        "torch-pruning:bn-scale": ["residual", "residual"],
+        "torch-pruning:group-norm": ["residual", "residual"],
+    }
+    assert len(said) == len(table) - 1
+    met = table[(table["level"] == "macs=0.5") & (table["lowering"] != "plain")]
+    assert len(met) == 4
+    assert met["macs_ratio"].between(0.45, 0.5 * 1.03).all()
+    for row in table.to_dict("records"):
+        net = sweeps.load_net(folder, row, 10)
+        assert count_params(net) == row["params"]
+        correct, images = evaluate(net, tiny.test, mean=tiny.mean, std=tiny.std, device="cpu")
+        assert correct / images == row["accuracy"]
+
+
+def test_a_finished_sweep_does_nothing(swept, tiny, weights):
+    folder, table, _ = swept
+    said = []
+    again = sweeps.run(folder, plan(weights), tiny, say=said.append)
+    assert said == []
+    pd.testing.assert_frame_equal(again, table)
+
+
+def test_one_training_serves_all_levels(swept):
+    folder, _, _ = swept
+    trainings = list((folder / "trainings").glob("*/sparse.pt"))
+    assert len(trainings) == 4
+
+
+@pytest.fixture(scope="module")
+def timed(swept, tiny):
+    platforms = [Platform(), Platform(batch_size=4)]
+    return sweeps.time_all(
+        swept[0], platforms, Task.of(tiny), lambda _: None, rounds=2, min_seconds=0.001
+    )
+
+
+def test_all_nets_are_timed_in_one_run(swept, timed):
+    folder, table, _ = swept
+    assert len(timed) == 2 * len(table)
+    assert set(timed["net"]) == set(table["net"])
+    original = timed[timed["net"] == table["net"].iloc[0]]
+    assert original["speedup"].tolist() == [1.0, 1.0]
+    assert (pd.read_csv(folder / "latencies.csv")["latency_ms"] > 0).all()
+
+
+def test_a_failed_point_does_not_stop_the_others(tiny, weights, tmp_path, monkeypatch):
+    original = sweeps._point
+
+    def failing(method, place, trained, config, level, *rest):
+        if level == "macs=0.5":
+            raise TrainingError("the loss is no longer finite")
+        return original(method, place, trained, config, level, *rest)
+
+    monkeypatch.setattr(sweeps, "_point", failing)
+    config = dataclasses.replace(CONFIG, epochs=0, finetune_epochs=0)
+    sweep = plan(weights, base=config, methods=("rm",))
+    said = []
+    table = sweeps.run(tmp_path, sweep, tiny, say=said.append)
+    assert table["error"].dropna().tolist() == ["TrainingError: the loss is no longer finite"]
+    assert table["accuracy"].notna().sum() == 3
+    assert "failed: TrainingError" in said[0]
+    monkeypatch.undo()
+    assert len(sweeps.run(tmp_path, sweep, tiny, say=said.append)) == len(table)
+
+
+def test_a_stopped_sweep_goes_on(tiny, weights, tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, epochs=0, finetune_epochs=0)
+    sweep = plan(weights, base=config, methods=("rm", "slimming"), levels=("threshold=0.5",))
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    original = sweeps._append
+    rows = []
+
+    def append(folder, row):
+        original(folder, row)
+        rows.append(row)
+        if len(rows) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweeps, "_append", append)
+    with pytest.raises(KeyboardInterrupt):
+        sweeps.run(tmp_path, sweep, tiny, say=lambda _: None)
+    monkeypatch.undo()
+    table = sweeps.run(tmp_path, sweep, tiny, say=lambda _: None)
+    assert table["method"].tolist() == ["original", "rm", "rm", "slimming"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("magic",)}, "unknown method 'magic'; known: rm, slimming, torch-pruning"),
+        ({"levels": ()}, "--threshold or --target"),
+        ({"levels": ("speed=2",)}, "unknown target 'speed'"),
+    ],
+)
+def test_unusable_sweeps(weights, changes, message):
+    with pytest.raises(UsageError, match=message):
+        plan(weights, **changes)
+
+
+def test_fronts():
+    points = pd.DataFrame({"x": [1.0, 2, 3, 4, 2.5], "y": [0.9, 0.8, 0.85, 0.5, 0.6]})
+    front = pareto_front(points, "x", "y")
+    assert front["x"].tolist() == [1, 3, 4]
+
+
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_plots(swept, timed, tmp_path, ending):
+    rows = sweeps.timed_results(swept[0])
+    assert len(rows) == len(timed)
+    for x in ("speedup", "removed_params", "latency_ms"):
+        plot_sweep(rows[rows["batch_size"] == 1], x, tmp_path / f"{x}.{ending}")
+        assert (tmp_path / f"{x}.{ending}").stat().st_size > 5000
