@@ -24,10 +24,11 @@ from rmprune.errors import RmpruneError, UsageError
 from rmprune.graph import trace
 from rmprune.measure import evaluate
 from rmprune.models import create_model, model_names
+from rmprune.page import page
 from rmprune.plain import PlainNet
-from rmprune.plots import plot_conversion, plot_sweep
+from rmprune.plots import draw_sweep, plot_conversion
 from rmprune.steps import read
-from rmprune.store import load, save
+from rmprune.store import load, save, write_text
 from rmprune.sweep import METHODS, Method
 from rmprune.targets import TOLERANCE, Target
 from rmprune.training import total_step_size
@@ -647,8 +648,27 @@ def plot(
     column = {"speedup": "speedup", "latency": "latency_ms", "images/s": "images_per_second"}[x]
     for name, axis in (("figure7a", column), ("figure7b", "removed_params")):
         path = out / f"{name}.{ending}"
-        plot_sweep(here, axis, path, title)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_sweep(here, axis, title).savefig(path, dpi=200)
         click.echo(f"drew {path}")
+
+
+@main.command()
+@click.argument("folder", metavar="RUN_OR_SWEEP", type=EXISTING_FOLDER)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File to write.  [default: report.html in the folder]",
+)
+def report(folder: Path, out: Path | None) -> None:
+    """Write one HTML page about a finished run or sweep; it needs no network.
+
+    Accuracy against speed and size (point at a net for its numbers, click it for its layers),
+    training curves, and every layer's channels before and after.
+    """
+    out = out or folder / "report.html"
+    write_text(page(folder), out)
+    click.echo(f"wrote {out}")
 
 
 @main.command(name="eval")

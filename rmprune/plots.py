@@ -50,7 +50,7 @@ def pareto_front(points: pd.DataFrame, x: str, y: str, larger: bool = True) -> p
     return ordered[ordered[y] > ordered[y].cummax().shift(fill_value=-math.inf)].sort_values(x)
 
 
-def plot_sweep(rows: pd.DataFrame, x: str, path: Path, title: str = "") -> None:
+def draw_sweep(rows: pd.DataFrame, x: str, title: str = "") -> Figure:
     """Draw accuracy against a cost, one curve for each method (RMNet, Figure 7).
 
     Every net is a small point; large ones are means over the seeds, with their standard
@@ -60,7 +60,6 @@ def plot_sweep(rows: pd.DataFrame, x: str, path: Path, title: str = "") -> None:
         rows: Of ``results.csv``, merged with those of one platform of ``latencies.csv`` for
             what concerns time.
         x: A key of `AXES`.
-        path: File to write; its ending decides the format.
         title: Above the picture.
     """
     label, larger = AXES[x]
@@ -106,8 +105,7 @@ def plot_sweep(rows: pd.DataFrame, x: str, path: Path, title: str = "") -> None:
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200)
+    return figure
 
 
 def plot_conversion(steps: Steps, net: PlainNet, path: Path) -> None:

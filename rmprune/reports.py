@@ -138,6 +138,37 @@ def layer_table(net: PlainNet) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def residual_table(
+    net: nn.Module, original: nn.Module, input_shape: tuple[int, int, int]
+) -> pd.DataFrame:
+    """The columns of `layer_table` for a residual network that lost channels.
+
+    Args:
+        net: The network.
+        original: The same before, whose layers have the same paths.
+        input_shape: ``(channels, height, width)``.
+    """
+    before, macs = dict(original.named_modules()), layer_macs(net, input_shape)
+    rows = []
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            other = before.get(name)
+            full = other.weight if isinstance(other, nn.Conv2d | nn.Linear) else module.weight
+            rows.append(
+                {
+                    "layer": name,
+                    "kernel": _kernel(module),
+                    "channels_before": len(full),
+                    "channels": len(module.weight),
+                    "reserved_before": 0,
+                    "reserved": 0,
+                    "params": count_params(module),
+                    "macs": macs[name],
+                }
+            )
+    return pd.DataFrame(rows)
+
+
 def _own_name(path: str) -> str:
     """What a layer is called wherever it stands: a `ResidualBlock` has some inside."""
     return path.rpartition(".body.")[2]

@@ -295,6 +295,16 @@ def read_json(path: Path | str) -> Any:
         return _from_json(_read(Path(path)))
 
 
+def write_text(text: str, path: Path | str) -> None:
+    """Write a text as UTF-8.
+
+    Raises:
+        StoreError: The file cannot be written.
+    """
+    with _atomic(path) as handle:
+        handle.write(text.encode())
+
+
 def write_csv(frame: pd.DataFrame, path: Path | str) -> None:
     """Write a table with its column names and without its index.
 

@@ -1,14 +1,15 @@
 """Sweeps: one training for every method, sparsity and seed, and many points from each.
 
-A sweep's folder holds ``results.csv`` (a row a net, appended when its point is finished),
-``nets/`` (every net, so that all can be timed in one run), ``latencies.csv`` (that run), and
-the trainings. A sweep that is stopped goes on with the first point that has no row.
+A sweep's folder holds ``sweep.json`` (its plans), ``results.csv`` (a row a net, appended when
+its point is finished), ``nets/`` (every net, so that all can be timed in one run),
+``latencies.csv`` (that run), and the trainings. A sweep that is stopped goes on with the first point that has no row.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ from rmprune.rivals import (
     with_convolved_shortcuts,
 )
 from rmprune.runs import Checkpoint, SlimConfig, Task
-from rmprune.store import load, load_tensors, save, save_tensors, write_csv, write_json
+from rmprune.store import load, load_tensors, read_json, save, save_tensors, write_csv, write_json
 from rmprune.targets import Target
 
 Method = Literal["rm", "slimming", Rival]
@@ -120,7 +121,7 @@ def run(
     Returns:
         The content of ``results.csv``. A point that failed has its ``error``.
     """
-    write_json(dataclasses.asdict(sweep), folder / "sweep.json")
+    _note_plan(folder, sweep, Task.of(data))
     for model, weights in sweep.models:
         _add_original(folder, replace(sweep.base, model=model, weights=weights), data)
     for method, config in sweep.trainings():
@@ -128,14 +129,15 @@ def run(
         if not levels:
             continue
         place = folder / "trainings" / name_of(method, config)
-        train: Callable[[], Checkpoint] = lambda: _train(method, place, config, data, track)  # noqa: B023, E731
         for level in levels:
             here = sweep.leveled(config, level)
             begin = time.perf_counter()
             try:
-                rows = _point(method, place, train(), here, level, folder / "nets", data, track)
+                trained = _train(method, place, config, data, track)
+                rows = _point(method, place, trained, here, level, folder / "nets", data, track)
             except Exception as error:  # whatever it is, the other points can still be had
-                rows = [{"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}]
+                reason = " ".join(str(error).split())
+                rows = [{"error": f"{type(error).__name__}: {reason}"}]
             seconds = time.perf_counter() - begin
             for row in rows:
                 _append(folder, {**_key(method, config, level), **row, "seconds": seconds})
@@ -148,6 +150,20 @@ def results(folder: Path) -> pd.DataFrame:
     path = folder / "results.csv"
     rows = pd.read_csv(path) if path.exists() else pd.DataFrame()
     return rows.reindex(columns=[*COLUMNS, *rows.columns.difference(COLUMNS)])
+
+
+def _note_plan(folder: Path, sweep: Sweep, task: Task) -> None:
+    """Add a plan to those that the folder has seen, in ``sweep.json``."""
+    path = folder / "sweep.json"
+    plan = json.loads(json.dumps(dataclasses.asdict(sweep)))
+    plans = read_json(path)["plans"] if path.exists() else []
+    if plan not in plans:
+        write_json({"task": dataclasses.asdict(task), "plans": [*plans, plan]}, path)
+
+
+def task_of(folder: Path) -> Task:
+    """What the nets of a sweep are for."""
+    return Task.from_json(read_json(folder / "sweep.json")["task"])
 
 
 def timed_results(folder: Path) -> pd.DataFrame:

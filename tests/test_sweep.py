@@ -11,8 +11,9 @@ from rmprune.backends import Platform
 from rmprune.errors import TrainingError, UsageError
 from rmprune.measure import count_params, evaluate
 from rmprune.models import create_model
-from rmprune.plots import pareto_front, plot_sweep
+from rmprune.plots import draw_sweep, pareto_front
 from rmprune.runs import SlimConfig, Task
+from rmprune.store import read_json
 from rmprune.sweep import METHODS, Sweep
 
 CONFIG = SlimConfig(
@@ -83,6 +84,17 @@ def test_a_finished_sweep_does_nothing(swept, tiny, weights):
     again = sweeps.run(folder, plan(weights), tiny, say=said.append)
     assert said == []
     pd.testing.assert_frame_equal(again, table)
+
+
+def test_more_values_join_the_same_sweep(tiny, weights, tmp_path):
+    config = dataclasses.replace(CONFIG, epochs=0, finetune_epochs=0)
+    for level in ("threshold=0.5", "threshold=0.1", "threshold=0.5"):
+        sweep = plan(weights, base=config, methods=("slimming",), levels=(level,))
+        table = sweeps.run(tmp_path, sweep, tiny, say=lambda _: None)
+    assert table["level"].tolist() == ["original", "threshold=0.5", "threshold=0.1"]
+    plans = read_json(tmp_path / "sweep.json")["plans"]
+    assert [found["levels"] for found in plans] == [["threshold=0.5"], ["threshold=0.1"]]
+    assert sweeps.task_of(tmp_path) == Task.of(tiny)
 
 
 def test_one_training_serves_all_levels(swept):
@@ -176,5 +188,8 @@ def test_plots(swept, timed, tmp_path, ending):
     rows = sweeps.timed_results(swept[0])
     assert len(rows) == len(timed)
     for x in ("speedup", "removed_params", "latency_ms"):
-        plot_sweep(rows[rows["batch_size"] == 1], x, tmp_path / f"{x}.{ending}")
+        figure = draw_sweep(rows[rows["batch_size"] == 1], x)
+        figure.savefig(tmp_path / f"{x}.{ending}")
+        labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        assert len(labels) == 5
         assert (tmp_path / f"{x}.{ending}").stat().st_size > 5000
