@@ -2,7 +2,8 @@
 
 A sweep's folder holds ``sweep.json`` (its plans), ``results.csv`` (a row a net, appended when
 its point is finished), ``nets/`` (every net, so that all can be timed in one run),
-``latencies.csv`` (that run), and the trainings. A sweep that is stopped goes on with the first point that has no row.
+``latencies.csv`` (that run), and the trainings. A sweep that is stopped goes on with the
+first point that has no row.
 """
 
 from __future__ import annotations
