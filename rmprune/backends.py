@@ -147,7 +147,7 @@ class OnnxNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` to what the network gives."""
-        return torch.from_numpy(self._session.run(None, {self._input: x.numpy()})[0])
+        return torch.from_numpy(self._session.run(None, {self._input: x.cpu().numpy()})[0])
 
 
 def _extra(name: str) -> ModuleType:

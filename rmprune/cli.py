@@ -318,8 +318,8 @@ def train(out: Path, resume: bool, **settings: Any) -> None:
 
 @main.command()
 @click.argument("run", type=EXISTING)
-@_options("threshold", "target", "round_to")
-@_options(*PLATFORM, "data", "data_root", of_a_run=True)
+@_options("threshold", "target")
+@_options("round_to", *PLATFORM, "data", "data_root", of_a_run=True)
 @click.option(
     "--out", type=FOLDER, help="Folder to write.  [default: RUN/threshold-T or RUN/KIND-VALUE]"
 )

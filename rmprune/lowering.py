@@ -32,7 +32,7 @@ from rmprune.backends import ONE_IMAGE, Platform, time_deployed
 from rmprune.errors import ConversionError
 from rmprune.layers import ChannelSelection, PartialActivation, ResidualBlock
 from rmprune.plain import PlainNet, Width
-from rmprune.rewrite import fold_bn, with_weights
+from rmprune.rewrite import fold_bn, pointwise, with_weights
 
 TOLERANCE = 1e-9
 Form = Literal["plain", "selection", "convolution"]
@@ -374,7 +374,8 @@ def blocks_of(layers: Layers, span: Span) -> dict[Form, Layers]:
     every = torch.arange(len(span.shortcut))
     name = f"{layers[span.start][0]}_block"
     body = _body(layers, span, every)
-    forms["convolution"] = [(name, ResidualBlock(body, _pointwise(span), None))]
+    conv = pointwise(span.shortcut[:, :, None, None], None, (span.stride, span.stride))
+    forms["convolution"] = [(name, ResidualBlock(body, conv, None))]
     kinds = kinds_of(layers, span)
     if span.is_selection and kinds == sorted(kinds):
         forms["selection"] = [(name, _by_selection(layers, span, torch.tensor(kinds)))]
@@ -424,20 +425,10 @@ def _groups(weight: Tensor) -> int:
     most = math.gcd(*used.shape)
     for groups in (n for n in range(most, 1, -1) if most % n == 0):
         by_group = _by_group(used, groups)
-        across = by_group.any(3).any(1) & ~torch.eye(groups, dtype=torch.bool)
+        across = by_group.any(3).any(1) & ~torch.eye(groups, dtype=torch.bool, device=used.device)
         if not across.any():
             return groups
     return 1
-
-
-def _pointwise(span: Span) -> nn.Conv2d:
-    outputs, inputs = span.shortcut.shape
-    like = span.shortcut
-    conv = nn.Conv2d(
-        inputs, outputs, 1, span.stride, bias=False, device=like.device, dtype=like.dtype
-    )
-    conv.weight = nn.Parameter(like[:, :, None, None].clone())
-    return conv
 
 
 def _by_selection(layers: Layers, span: Span, kinds: Tensor) -> ResidualBlock:

@@ -19,7 +19,7 @@ from rmprune.errors import UsageError
 from rmprune.models import create_model
 from rmprune.plain import PlainNet
 from rmprune.plots import AXES, BLUE, CURVES, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
-from rmprune.reports import FORMATS, layer_table, residual_table
+from rmprune.reports import FORMATS, layer_table, records, residual_table
 from rmprune.store import load
 
 COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
@@ -70,8 +70,7 @@ def _sweep_content(folder: Path) -> dict[str, Any]:
         axes.append({"key": key, "label": label, "larger": larger})
     points = [_sweep_point(str(net), own) for net, own in rows.groupby("net", sort=False)]
     task, layers = sweep.task_of(folder), {}
-    for record in rows.drop_duplicates("net").to_dict("records"):
-        row = {str(key): value for key, value in record.items()}
+    for row in records(rows.drop_duplicates("net")):
         net = sweep.load_net(folder, row, len(task.classes))
         layers[row["net"]] = _layers(net, create_model(row["model"]), task.image_shape)
     hardware = ", ".join(rows["hardware"].astype(str).unique())
@@ -153,7 +152,7 @@ def _run_content(folder: Path) -> dict[str, Any]:
         f"{first['backend']} on {first['hardware']}, {first['threads']} thread",
         "axes": axes,
         "points": points,
-        "layers": {str(table["model"].iloc[-1]): _records(layer_table(net))},
+        "layers": {str(table["model"].iloc[-1]): records(layer_table(net))},
         "curves": [_curve("training", pd.read_csv(folder / "metrics.csv"), 0)],
     }
 
@@ -162,12 +161,8 @@ def _layers(
     net: nn.Module, original: nn.Module, image_shape: tuple[int, int, int]
 ) -> list[dict[str, Any]]:
     if isinstance(net, PlainNet):
-        return _records(layer_table(net))
-    return _records(residual_table(net, original, image_shape))
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+        return records(layer_table(net))
+    return records(residual_table(net, original, image_shape))
 
 
 def _curve(name: str, metrics: pd.DataFrame, number: int) -> dict[str, Any]:

@@ -169,6 +169,11 @@ def residual_table(
     return pd.DataFrame(rows)
 
 
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table, by column name."""
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+
+
 def _own_name(path: str) -> str:
     """What a layer is called wherever it stands: a `ResidualBlock` has some inside."""
     return path.rpartition(".body.")[2]

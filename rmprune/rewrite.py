@@ -111,12 +111,13 @@ def _without_empty_taps(module: nn.Module) -> nn.Module:
     only_centre = torch.count_nonzero(module.weight) == torch.count_nonzero(centre)
     if module.padding != same or not only_centre:
         return module
-    return _pointwise(centre[:, :, None, None], module.bias, module.stride, module.groups)
+    return pointwise(centre[:, :, None, None], module.bias, module.stride, module.groups)
 
 
-def _pointwise(
+def pointwise(
     weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], groups: int = 1
 ) -> nn.Conv2d:
+    """A 1×1 convolution with copies of a weight ``(out, in / groups, 1, 1)`` and a bias."""
     conv = nn.Conv2d(
         weight.shape[1] * groups,
         weight.shape[0],
@@ -170,7 +171,7 @@ def _composed(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
     if first.bias is not None:
         bias = bias + outer @ first.bias.detach()
     stride = (first.stride[0] * second.stride[0], first.stride[1] * second.stride[1])
-    return _pointwise((outer @ inner)[:, :, None, None], bias, stride)
+    return pointwise((outer @ inner)[:, :, None, None], bias, stride)
 
 
 def _as_depthwise(module: nn.Module) -> nn.Module:
@@ -181,7 +182,7 @@ def _as_depthwise(module: nn.Module) -> nn.Module:
     diagonal = matrix.diagonal()
     if matrix.shape[0] != matrix.shape[1] or not torch.equal(matrix, torch.diag(diagonal)):
         return module
-    return _pointwise(diagonal[:, None, None, None], module.bias, module.stride, len(diagonal))
+    return pointwise(diagonal[:, None, None, None], module.bias, module.stride, len(diagonal))
 
 
 def _absorb_diagonals(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:

@@ -74,7 +74,7 @@ class RivalPenalty:
 
 
 def make_pruner(
-    model: nn.Module, example_input: Tensor, rival: Rival
+    model: nn.Module, example_input: Tensor, rival: Rival, round_to: int = 1
 ) -> tp.BNScalePruner | tp.GroupNormPruner:
     """A pruner as Torch-Pruning's benchmarks make it, with global pruning."""
     outputs = [m for m in model.modules() if isinstance(m, nn.Linear)]
@@ -82,6 +82,7 @@ def make_pruner(
         "global_pruning": True,
         "pruning_ratio": 1.0,
         "iterative_steps": STEPS,
+        "round_to": round_to if round_to > 1 else None,
         "ignored_layers": outputs[-1:],
     }
     if rival == "torch-pruning:bn-scale":
@@ -91,7 +92,11 @@ def make_pruner(
 
 
 def prune_until(
-    model: nn.Module, example_input: Tensor, rival: Rival, enough: Callable[[nn.Module], bool]
+    model: nn.Module,
+    example_input: Tensor,
+    rival: Rival,
+    enough: Callable[[nn.Module], bool],
+    round_to: int = 1,
 ) -> nn.Module:
     """Remove channels step by step until it is enough.
 
@@ -100,12 +105,13 @@ def prune_until(
         example_input: ``(N, C, H, W)``.
         rival: Which pruner.
         enough: Looks at the model after every step.
+        round_to: Widths become multiples of this, as Torch-Pruning does it.
 
     Raises:
         PruningError: The pruner removes all that it can, and it is not enough.
     """
     smaller = copy.deepcopy(model).eval()
-    pruner = make_pruner(smaller, example_input, rival)
+    pruner = make_pruner(smaller, example_input, rival, round_to)
     while not enough(smaller):
         if pruner.current_step >= STEPS:
             raise PruningError(f"{rival} cannot make the network that small")

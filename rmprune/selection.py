@@ -168,8 +168,10 @@ class _Selection:
         like = next((t for module in modules for t in module.parameters()), torch.ones(1))
         shortcut = fold_shortcut(modules, len(reserved), like)
         if any(isinstance(module, nn.Conv2d) for module in modules):
-            bns = [layer for layer in remainder if isinstance(layer.module, nn.BatchNorm2d)]
-            kept = self._above(bns[-1]) if bns else (shortcut.scale >= self.threshold).cpu()
+            if isinstance(modules[-1], nn.BatchNorm2d):
+                kept = self._above(remainder[-1])
+            else:
+                kept = (shortcut.scale >= self.threshold).cpu()
             return kept & reserved.any()
         return (shortcut.weight.cpu() != 0).float() @ reserved.float() > 0
 

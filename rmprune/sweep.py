@@ -28,7 +28,7 @@ from rmprune.errors import UsageError
 from rmprune.measure import count_macs, count_params, evaluate
 from rmprune.models import create_model
 from rmprune.progress import Track, no_progress
-from rmprune.reports import environment
+from rmprune.reports import environment, records
 from rmprune.rivals import (
     Rival,
     RivalPenalty,
@@ -78,6 +78,8 @@ class Sweep:
         for method in self.methods:
             if method not in METHODS:
                 raise UsageError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+        if self.base.prune_steps > 1 and set(self.methods) & set(get_args(Rival)):
+            raise UsageError("Torch-Pruning fine-tunes once: no --prune-steps beside its methods")
         if not self.levels:
             raise UsageError("a sweep needs levels to prune to: --threshold or --target")
         for level in self.levels:
@@ -183,10 +185,6 @@ def timed_results(folder: Path) -> pd.DataFrame:
     )
 
 
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(k): v for k, v in row.items()} for row in table.to_dict("records")]
-
-
 def _key(method: str, config: SlimConfig, level: str) -> dict[str, Any]:
     values = (config.model, method, config.sparsity, config.seed, level)
     return dict(zip(KEY, values, strict=True))
@@ -202,7 +200,7 @@ def _is_done(folder: Path, method: str, config: SlimConfig, level: str) -> bool:
 def _append(folder: Path, row: Mapping[str, Any]) -> None:
     rows = results(folder)
     new = {**row, "hardware": environment()["hardware"]}
-    write_csv(pd.DataFrame([*_records(rows), new], columns=rows.columns), folder / "results.csv")
+    write_csv(pd.DataFrame([*records(rows), new], columns=rows.columns), folder / "results.csv")
 
 
 def _in_words(method: str, config: SlimConfig, level: str, row: Mapping[str, Any]) -> str:
@@ -301,7 +299,7 @@ def _pruned_rival(
             raise UsageError("Torch-Pruning's pruners are compared by thresholds and costs only")
         return runs.deployed_ratio(target.kind, trained, smaller) <= target.value
 
-    smaller = prune_until(model, example, rival, enough).to(device)
+    smaller = prune_until(model, example, rival, enough, config.round_to).to(device)
     start = Checkpoint(f"{rival} pruned", config, trained.task, smaller.state_dict())
     path = here / "finetuned.pt"
     if path.exists():
@@ -372,7 +370,7 @@ def time_all(
     Raises:
         UsageError: No point has a net.
     """
-    rows = _records(results(folder).dropna(subset=["net"]))
+    rows = records(results(folder).dropna(subset=["net"]))
     if not rows:
         raise UsageError(f"every point of {folder} failed; results.csv tells why")
     nets = {row["net"]: load_net(folder, row, len(task.classes)) for row in rows}

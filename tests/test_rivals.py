@@ -71,6 +71,13 @@ def test_regularisation_is_torch_prunings_own(model, rival):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("rival", RIVALS)
+def test_rounded_widths(model, rival):
+    before = count_macs(model, X)
+    smaller = prune_until(model, X, rival, lambda net: count_macs(net, X) <= 0.6 * before, 8)
+    assert all(m.out_channels % 8 == 0 for m in smaller.modules() if isinstance(m, nn.Conv2d))
+
+
 def test_budgets_out_of_reach(model):
     with pytest.raises(PruningError, match="bn-scale cannot make the network that small"):
         prune_until(model, X, RIVALS[0], lambda _: False)

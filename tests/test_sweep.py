@@ -168,6 +168,7 @@ def test_a_stopped_sweep_goes_on(tiny, weights, tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"methods": ("magic",)}, "unknown method 'magic'; known: rm, slimming, torch-pruning"),
+        ({"base": dataclasses.replace(CONFIG, prune_steps=2, target="macs=0.5")}, "once"),
         ({"levels": ()}, "--threshold or --target"),
         ({"levels": ("speed=2",)}, "unknown target 'speed'"),
     ],
