@@ -189,3 +189,25 @@ def test_models_without_shortcut_bns():
     traced = torch.fx.symbolic_trace(create_model("resnet20").eval())
     with pytest.raises(PruningError, match=r"no shortcut BN; call rmprune.add_shortcut_bn"):
         select(traced, 0.5)
+
+
+@pytest.mark.parametrize("lowering", ["plain", "auto"])
+def test_widths_become_multiples(lowering):
+    slim = slimmable(create_model("resnet20"))
+    x = torch.randn(1, 3, 16, 16).double()
+    masks = select(slim, 0.6, lowering=lowering, round_to=8)
+    apply_masks(slim, masks)
+    pruned = prune(convert(slim, x, keep_bn=False))
+    assert masks.removed > select(slim, 0, lowering=lowering).removed
+    if lowering == "plain":
+        widths = [layer.out_channels for layer in pruned if isinstance(layer, nn.Conv2d)]
+        assert all(width % 8 == 0 for width in widths)
+    else:
+        inner = [mask for name, mask in masks.keep.items() if name.endswith("bn1")]
+        assert all(int(mask.sum()) % 8 == 0 for mask in inner)
+    assert_same(pruned(x), slim(x))
+
+
+def test_multiples_of_nothing():
+    with pytest.raises(UsageError, match="multiples of 1 or more, not of 0"):
+        select(slimmable(create_model("resnet20")), 0.5, round_to=0)
