@@ -257,8 +257,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 TASK = ("data", "data_root", "image_size")
 TRAINING = ("lr", "batch_size", "seed", "device", "precision", "compile")
 SPARSITY = ("sparsity", "schedule", "cost", "holdout", "distill")
-PLATFORM = ("lowering", "backend", "threads", "latency_batch")
-BUDGET = ("threshold", "target", "round_to")
+PLATFORM = ("lowering", "round_to", "backend", "threads", "latency_batch")
+BUDGET = ("threshold", "target")
 
 
 @click.group(
@@ -318,8 +318,8 @@ def train(out: Path, resume: bool, **settings: Any) -> None:
 
 @main.command()
 @click.argument("run", type=EXISTING)
-@_options("threshold", "target")
-@_options("round_to", *PLATFORM, "data", "data_root", of_a_run=True)
+@_options(*BUDGET)
+@_options(*PLATFORM, "data", "data_root", of_a_run=True)
 @click.option(
     "--out", type=FOLDER, help="Folder to write.  [default: RUN/threshold-T or RUN/KIND-VALUE]"
 )
@@ -544,7 +544,7 @@ def convert(
     show_default=True,
     help="May be given several times.",
 )
-@_options(*TASK, "schedule", "cost", "holdout", "distill", "round_to", "prune_steps", *PLATFORM)
+@_options(*TASK, "schedule", "cost", "holdout", "distill", "prune_steps", *PLATFORM)
 @_options("epochs", "finetune_epochs", "finetune_lr", "lr", "batch_size", "device", "precision")
 @_options("compile", "out", "resume")
 def sweep(
@@ -839,8 +839,8 @@ def _hint_at_reach(config: runs.SlimConfig, data: Dataset) -> None:
 
 
 def _say_selection(masked: runs.Checkpoint) -> None:
-    assert masked.masks is not None
-    masks = masked.masks
+    masks = masked.narrowed
+    assert masks is not None
     click.echo(f"{masks.removed} of {masks.channels} channels are switched off")
     for name in masks.forced:
         click.echo(f"all channels of {name} would go; the largest stays")

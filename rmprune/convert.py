@@ -25,14 +25,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rmprune.carrying import Bound, Carrier, Carry, Interval, Way, carrying_activation
 from rmprune.errors import ConversionError, UsageError
 from rmprune.graph import GlobalMean, PadChannels, Subsample, trace
 from rmprune.layout import Downsample, Layout, weights_with_and_without_merging
 from rmprune.linear import Geometry, Rows, Value, add, concatenate, sorted_unique
-from rmprune.norms import norm_of_bn
+from rmprune.norms import folded, norm_of_bn
 from rmprune.plain import PlainNet, Width
 from rmprune.rewrite import calibrate_bn
 from rmprune.steps import (
@@ -118,7 +117,7 @@ def convert(
             steps, example_input.double(), carrier, downsample, fuse, keep_bn, dtype
         )
         plain = compiler.run()
-        plain.info["float64_difference"] = _verify(expected, compiler.state)
+        plain.info["float64_difference"] = check_equal(expected, compiler.state, "the plain net")
     batches = list(calibration_batches)
     return calibrate_bn(plain, batches) if keep_bn and batches else plain
 
@@ -134,22 +133,27 @@ def _outputs(model: nn.Module, example_input: Tensor) -> Tensor:
     return outputs
 
 
-def _verify(expected: Tensor, found: Tensor) -> float:
-    """The largest difference of two outputs, relative to the largest value.
+def check_equal(expected: Tensor, found: Tensor, name: str) -> float:
+    """The largest difference of two nets' outputs, relative to the largest value.
+
+    Args:
+        expected: Output in float64 of the net that is right.
+        found: That of the other one.
+        name: What to call it in an error.
 
     Raises:
         ConversionError: They differ by more than 1e-9.
     """
     if expected.shape != found.shape:
         raise ConversionError(
-            "output", f"the plain net's output is {tuple(found.shape)}, not {tuple(expected.shape)}"
+            "output", f"{name}'s output is {tuple(found.shape)}, not {tuple(expected.shape)}"
         )
     difference = ((expected - found).abs().max() / expected.abs().max()).item()
     if not difference <= TOLERANCE:
         raise ConversionError(
             "output",
-            f"the plain net differs from the residual one by {difference:.1e} of the output's "
-            "magnitude in float64",
+            f"{name} differs by {difference:.1e} of the output's magnitude in float64 from the "
+            "net that it was made from",
         )
     return difference
 
@@ -518,7 +522,7 @@ class _Compiler:
             name = self._emit(name, conv)
             self._emit(target.bn or f"{name}_bn", norm.as_module())
         else:
-            name = self._emit(name, fuse_conv_bn_eval(conv.eval(), norm.as_module()))
+            name = self._emit(name, folded(conv, norm.as_module()))
         alternating = target.channels > 1 and bool(own[1] > 1) and conv.groups == 1
         carried = conv.out_channels - target.channels
         self.widths[name] = Width(target.channels, carried, alternating)

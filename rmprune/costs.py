@@ -112,12 +112,24 @@ def measured(table: pd.DataFrame) -> LayerCosts:
 
 
 def latency_table(
-    layers: Mapping[str, Site], platform: Platform, rounds: int = 9, min_seconds: float = 0.02
+    layers: Mapping[str, Site],
+    platform: Platform,
+    round_to: int = 1,
+    rounds: int = 9,
+    min_seconds: float = 0.02,
 ) -> pd.DataFrame:
     """Measure what a channel more costs each layer on a platform.
 
     Each layer is timed at its full width, with half its outputs and with half its inputs;
     layers that are alike are timed once.
+
+    Args:
+        layers: Of the network; see `sites`.
+        platform: Where it shall run.
+        round_to: What widths will be multiples of. Halves are rounded down to one; a layer
+            without channels takes no time.
+        rounds: Samples of each.
+        min_seconds: How long a sample lasts at least.
 
     Returns:
         A row a layer: ``layer``, ``kernel``, ``outputs``, ``inputs``, ``positions``, ``ms``,
@@ -128,62 +140,69 @@ def latency_table(
     rows = []
     for name, site in layers.items():
         layer = site.layer
-        key = (type(layer), tuple(layer.weight.shape), site.input_shape, site.positions)
-        if key not in kinds:
-            kinds[key] = _timed_at_half(site, platform, rounds, min_seconds)
         outputs = len(layer.weight)
         inputs = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
-        kernel = "×".join(map(str, layer.weight.shape[2:])) or "linear"
+        fewer_outputs, fewer_inputs = (n // 2 // round_to * round_to for n in (outputs, inputs))
+        key = (type(layer), tuple(layer.weight.shape), site.input_shape, site.positions)
+        if key not in kinds:
+            widths = {
+                "ms": (outputs, inputs),
+                "ms_half_outputs": (fewer_outputs, inputs),
+                "ms_half_inputs": (outputs, fewer_inputs),
+            }
+            kinds[key] = {
+                column: _timed(site, *width, platform, rounds, min_seconds)
+                for column, width in widths.items()
+            }
         timed = kinds[key]
         rows.append(
             {
                 "layer": name,
-                "kernel": kernel,
+                "kernel": "×".join(map(str, layer.weight.shape[2:])) or "linear",
                 "outputs": outputs,
                 "inputs": inputs,
                 "positions": site.positions,
                 **timed,
-                "ms_per_output": _slope(timed["ms"], timed["ms_half_outputs"], outputs),
-                "ms_per_input": _slope(timed["ms"], timed["ms_half_inputs"], inputs),
+                "ms_per_output": _slope(timed["ms"], timed["ms_half_outputs"], outputs, round_to),
+                "ms_per_input": _slope(timed["ms"], timed["ms_half_inputs"], inputs, round_to),
             }
         )
     return pd.DataFrame(rows)
 
 
-def _slope(full: float, half: float, channels: int) -> float:
-    return max(full - half, 0.0) / max(channels - channels // 2, 1)
+def _slope(full: float, half: float, channels: int, round_to: int) -> float:
+    return max(full - half, 0.0) / (channels - channels // 2 // round_to * round_to)
 
 
-def _timed_at_half(
-    site: Site, platform: Platform, rounds: int, min_seconds: float
-) -> dict[str, float]:
-    shares = {"ms": (1, 1), "ms_half_outputs": (2, 1), "ms_half_inputs": (1, 2)}
-    result = {}
-    for name, (outputs, inputs) in shares.items():
-        layer = _resized(site.layer, outputs, inputs)
-        width = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
-        timing = time_deployed(
-            {name: nn.Sequential(layer)},
-            torch.zeros(1, width, *site.input_shape[1:]),
-            platform,
-            rounds=rounds,
-            min_seconds=min_seconds,
-            warn=False,
-        )
-        result[name] = timing[name].median_ms
-    return result
+def _timed(
+    site: Site, outputs: int, inputs: int, platform: Platform, rounds: int, min_seconds: float
+) -> float:
+    """Median milliseconds of a layer of other widths."""
+    if not outputs or not inputs:
+        return 0.0
+    layer = _resized(site.layer, outputs, inputs)
+    width = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
+    timing = time_deployed(
+        {"layer": nn.Sequential(layer)},
+        torch.zeros(1, width, *site.input_shape[1:]),
+        platform,
+        rounds=rounds,
+        min_seconds=min_seconds,
+        warn=False,
+    )
+    return timing["layer"].median_ms
 
 
 def _resized(layer: nn.Conv2d | nn.Linear, outputs: int, inputs: int) -> nn.Conv2d | nn.Linear:
-    """A layer of the same kind with a share of the channels; grouped ones lose groups."""
+    """A layer of the same kind with fewer channels; grouped ones lose groups."""
     if isinstance(layer, nn.Linear):
-        return nn.Linear(max(layer.in_features // inputs, 1), max(layer.out_features // outputs, 1))
-    groups = layer.groups
-    if groups > 1:
-        outputs, inputs, groups = max(outputs, inputs), 1, max(groups // max(outputs, inputs), 1)
+        return nn.Linear(inputs, outputs)
     weight = layer.weight.detach()
-    rows, columns = max(len(weight) // outputs, 1), max(weight.shape[1] // inputs, 1)
-    return with_weights(layer, weight[:rows, :columns], None, groups)
+    if layer.groups == 1:
+        return with_weights(layer, weight[:outputs, :inputs], None, 1)
+    share = min(outputs / len(weight), inputs / layer.in_channels)
+    groups = max(int(layer.groups * share), 1)
+    return with_weights(layer, weight[: len(weight) // layer.groups * groups], None, groups)
 
 
 def channel_savings(

@@ -23,20 +23,20 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rmprune.backends import ONE_IMAGE, Platform, time_deployed
-from rmprune.errors import ConversionError
+from rmprune.convert import check_equal
 from rmprune.layers import ChannelSelection, PartialActivation, ResidualBlock
 from rmprune.plain import PlainNet, Width
 from rmprune.rewrite import fold_bn, pointwise, with_weights
 
-TOLERANCE = 1e-9
 Form = Literal["plain", "selection", "convolution"]
 Layers = list[tuple[str, nn.Module]]
+Key = tuple[Any, ...]
 
 # f(a z) = a f(z) for a > 0, and what is not negative passes ReLU and LeakyReLU unchanged.
 RECTIFIERS = (nn.ReLU, nn.LeakyReLU)
@@ -302,37 +302,35 @@ def _order_channels(layers: Layers, spans: Sequence[Span]) -> None:
 
     Behind a span: those that F and S make together, those of F, those of S (the order of
     `ResidualBlock`); among each, those with the same fate stand together, so that later spans
-    find theirs side by side where that is possible.
+    find theirs side by side where that is possible; and among these, copies stand in the
+    order of what they copy.
     """
     merges = {span.stop - 1 for span in spans}
+    for span, (inputs, outputs) in zip(spans, _keys(layers, spans), strict=True):
+        producer = _producer(layers, span.start)
+        if producer is not None and producer not in merges:
+            _sort(layers, producer, inputs)
+        source = (_same_span(layers, span).shortcut != 0).int().argmax(1).tolist()
+        _sort(layers, span.stop - 1, list(zip(outputs, source, strict=True)))
+
+
+def _keys(layers: Layers, spans: Sequence[Span]) -> list[tuple[list[Key], list[Key]]]:
+    """For each span, what to sort the channels of its input and of its output by."""
     starts = {span.start for span in spans}
-    fates: list[tuple[int, ...]] = []
+    fates: list[Key] = []
+    keys: list[tuple[list[Key], list[Key]]] = []
     for span in reversed(spans):
         if _reader(layers, span.stop - 1) not in starts:
             fates = [()] * len(span.shortcut)
-        kinds = kinds_of(layers, span)
-        order = _sort(layers, span.stop - 1, list(zip(kinds, fates, strict=True)))
-        kinds, fates = [kinds[i] for i in order], [fates[i] for i in order]
-        fates = _fates(_same_span(layers, span).shortcut, kinds, fates)
-        producer = _producer(layers, span.start)
-        if producer is not None and producer not in merges:
-            _sort(layers, producer, fates)
+        outputs: list[Key] = list(zip(kinds_of(layers, span), fates, strict=True))
+        targets = [column.nonzero().flatten().tolist() for column in span.shortcut.T]
+        fates = [outputs[t[0]] if t else (len(KINDS),) for t in targets]
+        keys.append((fates, outputs))
+    return keys[::-1]
 
 
-def _fates(
-    shortcut: Tensor, kinds: Sequence[int], fates: Sequence[tuple[int, ...]]
-) -> list[tuple[int, ...]]:
-    """What becomes of every channel of a span's input: how it is carried on, and what then."""
-    targets = [column.nonzero().flatten().tolist() for column in shortcut.T]
-    return [(kinds[t[0]], *fates[t[0]]) if t else (len(KINDS),) for t in targets]
-
-
-def _sort(layers: Layers, place: int, keys: Sequence[tuple[object, ...]]) -> list[int]:
-    """Sort a convolution's output channels by keys, if all layers up to their reader let that.
-
-    Returns:
-        The order that the channels now have.
-    """
+def _sort(layers: Layers, place: int, keys: Sequence[Key]) -> None:
+    """Sort a convolution's output channels by keys, if all layers up to their reader let that."""
     conv, there = layers[place][1], _reader(layers, place)
     reader = layers[there][1]
     assert isinstance(conv, nn.Conv2d)
@@ -340,14 +338,13 @@ def _sort(layers: Layers, place: int, keys: Sequence[tuple[object, ...]]) -> lis
     slopes = [m.num_parameters for _, m in layers[place:there] if isinstance(m, nn.PReLU)]
     grouped = conv.groups > 1 or (isinstance(reader, nn.Conv2d) and reader.groups > 1)
     if grouped or any(n > 1 for n in slopes) or not _is_homogeneous(layers[place + 1 :]):
-        return list(range(len(keys)))
+        return
     order = sorted(range(len(keys)), key=keys.__getitem__)
     conv.weight.copy_(conv.weight[order])
     if conv.bias is not None:
         conv.bias.copy_(conv.bias[order])
     columns = reader.weight.view(len(reader.weight), len(order), -1)
     columns.copy_(columns[:, order])
-    return order
 
 
 def kinds_of(layers: Layers, span: Span) -> list[int]:
@@ -368,18 +365,25 @@ def blocks_of(layers: Layers, span: Span) -> dict[Form, Layers]:
 
     Returns:
         ``"plain"``: as it is. ``"selection"``: S takes channels of x, where none becomes two
-        or is added to another. ``"convolution"``: S is a 1×1 convolution.
+        or is added to another. ``"convolution"``: S is a 1×1 convolution. The form that is
+        mostly the fastest comes first: backends merge a convolution with the addition behind
+        it, but not slices and concatenations.
     """
-    forms: dict[Form, Layers] = {"plain": layers[span.start : span.stop]}
-    every = torch.arange(len(span.shortcut))
     name = f"{layers[span.start][0]}_block"
+    every = torch.arange(len(span.shortcut))
     body = _body(layers, span, every)
     conv = pointwise(span.shortcut[:, :, None, None], None, (span.stride, span.stride))
-    forms["convolution"] = [(name, ResidualBlock(body, conv, None))]
+    forms: dict[Form, Layers] = {
+        "convolution": [(name, ResidualBlock(body, conv, None))],
+        "plain": layers[span.start : span.stop],
+    }
     kinds = kinds_of(layers, span)
-    if span.is_selection and kinds == sorted(kinds):
-        forms["selection"] = [(name, _by_selection(layers, span, torch.tensor(kinds)))]
-    return forms
+    if not span.is_selection or kinds != sorted(kinds):
+        return forms
+    by_selection: Layers = [(name, _by_selection(layers, span, torch.tensor(kinds)))]
+    if torch.equal(span.shortcut.cpu(), torch.eye(*span.shortcut.shape).to(span.shortcut.cpu())):
+        return {"selection": by_selection, **forms}
+    return {**forms, "selection": by_selection}
 
 
 def _body(layers: Layers, span: Span, outputs: Tensor) -> nn.Sequential:
@@ -456,7 +460,7 @@ def _selection(span: Span, outputs: Tensor, bias: Tensor) -> ChannelSelection | 
     return selection.to(rows)
 
 
-Choose = Callable[[str, Mapping[Form, nn.Module], Tensor], Form]
+Choose = Callable[[str, Sequence[Form], Callable[[Form], PlainNet]], Form]
 
 
 def lower(net: PlainNet, example_input: Tensor, choose: Choose | None = None) -> PlainNet:
@@ -465,9 +469,10 @@ def lower(net: PlainNet, example_input: Tensor, choose: Choose | None = None) ->
     Args:
         net: In evaluation mode; left as it is. Its BNs are folded.
         example_input: ``(N, C, H, W)``, on the net's device and of its dtype.
-        choose: Takes the name of a span's first layer, the forms that it can have, each as a
-            list of layers, and the tensor that they read; returns the one to take. By default
-            what is `fastest` with torch for one image.
+        choose: Takes the name of a span's first layer, the forms that it can have, the
+            likeliest first, and what makes the whole net with one of them; returns the form
+            to take. It is asked about one span after the other; those that are still open
+            have their likeliest. By default what is `fastest` with torch for one image.
 
     Returns:
         A net with the same outputs, compared in float64. Where an addition was chosen, a
@@ -477,44 +482,38 @@ def lower(net: PlainNet, example_input: Tensor, choose: Choose | None = None) ->
     Raises:
         ConversionError: The outputs differ by more than 1e-9 of their magnitude.
     """
-    choose = choose or fastest(ONE_IMAGE)
-    exact, x, done = fold_bn(net).double(), example_input.double(), 0
+    choose = choose or fastest(example_input, ONE_IMAGE)
+    exact = fold_bn(net).double()
     layers = prepare(list(exact.named_children()))
-    lowered: Layers = []
-    chosen: dict[str, Form] = {}
-    widths = dict(net.widths)
-    with torch.no_grad():
-        for span in find_spans(layers):
-            between = layers[done : span.start]
-            x = _run(between, x)
-            forms = blocks_of(layers, span)
-            name = layers[span.start][0]
-            behind = [m for _, m in layers[span.stop : span.stop + 1] if isinstance(m, RECTIFIERS)]
-            timed: dict[Form, nn.Module] = {
-                form: copy.deepcopy(nn.Sequential(*(m for _, m in block), *behind)).to(
-                    example_input
-                )
-                for form, block in forms.items()
-            }
-            chosen[name] = choose(name, timed, x.to(example_input))
-            lowered += [*between, *forms[chosen[name]]]
-            for _, block in forms[chosen[name]]:
-                widths |= _widths(block)
-            x, done = _run(layers[span.start : span.stop], x), span.stop
+    spans = {layers[span.start][0]: span for span in find_spans(layers)}
+    blocks = {name: blocks_of(layers, span) for name, span in spans.items()}
+    chosen = {name: next(iter(forms)) for name, forms in blocks.items()}
+
+    def made(form_of: Mapping[str, Form]) -> PlainNet:
+        lowered: Layers = []
+        widths, done = dict(net.widths), 0
+        for name, span in spans.items():
+            block = blocks[name][form_of[name]]
+            lowered += [*layers[done : span.start], *block]
+            done = span.stop
+            for _, module in block:
+                widths |= _widths(module)
         lowered += layers[done:]
-        result = net.with_layers(OrderedDict(lowered), widths).eval()
-        _verify(exact, result, example_input.double())
-    result.info = {**net.info, "lowering": chosen}
-    return result.to(example_input)
+        result = net.with_layers(OrderedDict(copy.deepcopy(lowered)), widths).eval()
+        result.info = {**net.info, "lowering": dict(form_of)}
+        return result
 
-
-def _verify(exact: nn.Module, lowered: nn.Module, example_input: Tensor) -> None:
-    expected, found = exact(example_input), lowered(example_input)
-    difference = ((expected - found).abs().max() / expected.abs().max()).item()
-    if not difference <= TOLERANCE:
-        raise ConversionError(
-            "output", f"the lowered net differs by {difference:.1e} of the output's magnitude"
+    for name, forms in blocks.items():
+        chosen[name] = choose(
+            name,
+            list(forms),
+            lambda form, name=name: made({**chosen, name: form}).to(example_input),  # type: ignore[misc]
         )
+    result = made(chosen)
+    with torch.no_grad():
+        expected, found = (model(example_input.double()) for model in (exact, result))
+    check_equal(expected, found, "the lowered net")
+    return result.to(example_input)
 
 
 def _widths(block: nn.Module) -> dict[str, Width]:
@@ -525,19 +524,25 @@ def _widths(block: nn.Module) -> dict[str, Width]:
     return {name: Width(conv.out_channels) for name, conv in convs}
 
 
-def fastest(platform: Platform, rounds: int = 7, min_seconds: float = 0.02) -> Choose:
-    """Choose what a platform runs fastest, each span timed by itself; see `lower`."""
+def likeliest(_: str, forms: Sequence[Form], __: Callable[[Form], PlainNet]) -> Form:
+    """Choose without measuring; see `blocks_of`."""
+    return forms[0]
 
-    def choose(_: str, forms: Mapping[Form, nn.Module], x: Tensor) -> Form:
+
+def fastest(
+    example_input: Tensor, platform: Platform, rounds: int = 7, min_seconds: float = 0.02
+) -> Choose:
+    """Choose what a platform runs fastest, each form timed in the whole net; see `lower`.
+
+    A block by itself tells little: what it costs to bring its channels into another memory
+    layout, or which operations the backend merges, depends on its neighbours.
+    """
+
+    def choose(_: str, forms: Sequence[Form], made: Callable[[Form], PlainNet]) -> Form:
+        nets: dict[str, nn.Module] = {form: made(form) for form in forms}
         timings = time_deployed(
-            dict(forms.items()), x, platform, rounds=rounds, min_seconds=min_seconds, warn=False
+            nets, example_input, platform, rounds=rounds, min_seconds=min_seconds, warn=False
         )
         return min(forms, key=lambda form: timings[form].median_ms)
 
     return choose
-
-
-def _run(layers: Layers, x: Tensor) -> Tensor:
-    for _, module in layers:
-        x = module(x)
-    return x

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rmprune.graph import PadChannels, Subsample
 
@@ -76,6 +77,21 @@ def norm_of_bn(bn: nn.modules.batchnorm._BatchNorm) -> Norm:
     gamma = ones if bn.weight is None else bn.weight.detach()
     beta = ones * 0 if bn.bias is None else bn.bias.detach()
     return Norm(gamma, beta, bn.running_mean, bn.running_var + bn.eps)
+
+
+def folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
+    """A convolution with the BN behind it folded in.
+
+    A bias that is nothing but what rounding leaves of ``beta - slope * mean`` becomes zero:
+    a channel that is copied stays a copy.
+    """
+    fused = fuse_conv_bn_eval(conv.eval(), bn.eval())
+    norm = norm_of(bn, conv)
+    terms = torch.maximum(norm.beta.abs(), (norm.slope * norm.mean).abs())
+    with torch.no_grad():
+        assert fused.bias is not None
+        fused.bias[fused.bias.abs() <= 4 * torch.finfo(terms.dtype).eps * terms] = 0
+    return fused
 
 
 def normalised(rows: Tensor, offset: Tensor, scale: Tensor, rest: Tensor) -> tuple[Tensor, Norm]:

@@ -12,10 +12,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from rmprune.errors import PruningError
-from rmprune.norms import EPS, Moments, Norm
+from rmprune.norms import EPS, Moments, Norm, folded
 from rmprune.plain import PlainNet
 
 
@@ -26,7 +25,7 @@ def fold_bn(net: PlainNet) -> PlainNet:
     for name, module in net.named_children():
         conv = layers.get(previous)
         if isinstance(module, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d):
-            layers[previous] = fuse_conv_bn_eval(conv, module)
+            layers[previous] = folded(conv, module)
             continue
         layers[name] = copy.deepcopy(module)
         previous = name

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -40,9 +40,10 @@ from rmprune.costs import (
 from rmprune.data import Dataset, eval_batches, hold_out
 from rmprune.errors import StoreError, UsageError
 from rmprune.graph import parse
-from rmprune.lowering import Choose, Form, fastest, lower
+from rmprune.lowering import Choose, Form, fastest, likeliest, lower
 from rmprune.measure import count_macs, count_params, evaluate
 from rmprune.models import create_model
+from rmprune.narrowing import narrow, widen
 from rmprune.plain import PlainNet
 from rmprune.plots import plot_run
 from rmprune.progress import Track, no_progress
@@ -230,6 +231,8 @@ class Checkpoint:
         task: What the model is trained for.
         model: Its state dict.
         masks: Masks that it is held under, if any.
+        narrowed: Masks of the whole model that its inner channels were cut by, if any; see
+            `rmprune.narrowing`.
         forms: How blocks are lowered, by the name of their first layer; measured once, when
             channels are selected.
         epoch: Epochs trained in this stage.
@@ -242,6 +245,7 @@ class Checkpoint:
     task: Task
     model: dict[str, Any]
     masks: Masks | None = None
+    narrowed: Masks | None = None
     forms: dict[str, Form] | None = None
     epoch: int = 0
     optimizer: dict[str, Any] | None = None
@@ -250,7 +254,7 @@ class Checkpoint:
     def save(self, path: Path) -> None:
         """Write to a file; see `rmprune.store.save_checkpoint`."""
         state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("config", "task", "masks"):
+        for name in ("config", "task", "masks", "narrowed"):
             value = state[name]
             state[name] = None if value is None else dataclasses.asdict(value)
         save_checkpoint(state, path)
@@ -264,13 +268,13 @@ class Checkpoint:
         """
         state = load_checkpoint(path)
         try:
-            masks = state["masks"]
+            masks = {name: state.get(name) for name in ("masks", "narrowed")}
             return cls(
                 **{
                     **state,
                     "config": SlimConfig(**state["config"]),
                     "task": Task(**state["task"]),
-                    "masks": None if masks is None else Masks(**masks),
+                    **{name: value and Masks(**value) for name, value in masks.items()},
                 }
             )
         except (KeyError, TypeError) as error:
@@ -292,6 +296,8 @@ class Checkpoint:
             )
         model = create_model(self.config.model, num_classes=len(self.task.classes))
         slim = add_shortcut_bn(model)
+        if self.narrowed is not None:
+            narrow(slim, self.narrowed)
         if self.masks is not None:
             apply_masks(slim, self.masks)
         slim.load_state_dict(self.model)
@@ -367,10 +373,13 @@ def _all_weights(
     example = task.example_input()
     layer_costs = counted(cost)
     if cost == "latency":
-        path = folder / f"latency-{config.backend}-{config.threads}-{config.latency_batch}.csv"
+        settings = (config.backend, config.threads, config.latency_batch, config.round_to)
+        path = folder / f"latency-{'-'.join(map(str, settings))}.csv"
         if not path.exists():
             network = slim if config.lowering == "auto" else convert(slim, example)
-            write_csv(latency_table(sites(network, example), config.platform), path)
+            write_csv(
+                latency_table(sites(network, example), config.platform, config.round_to), path
+            )
         layer_costs = measured(pd.read_csv(path))
     return relative(channel_savings(slim, example, layer_costs, config.lowering), channels)
 
@@ -389,7 +398,6 @@ def prune(checkpoint: Checkpoint, config: SlimConfig, folder: Path, data: Datase
         PruningError: The target cannot be met.
     """
     slim = checkpoint.build()
-    calibration = calibration_batches(hold_out(data, config.holdout)[0], torch.device("cpu"))
     target = None if config.target is None else Target.parse(config.target)
     if target is None:
         masks = select(
@@ -399,9 +407,10 @@ def prune(checkpoint: Checkpoint, config: SlimConfig, folder: Path, data: Datase
             lowering=config.lowering,
             round_to=config.round_to,
         )
-        masked = _switched_off(slim, checkpoint, masks, config, calibration)
+        masked = _switched_off(slim, checkpoint, masks, config)
     else:
-        masked = _masked_within(target, slim, checkpoint, config, folder, data, calibration)
+        masked = _masked_within(target, slim, checkpoint, config, folder, data)
+    masked = _narrowed(_with_statistics(masked, slim, _calibration(config, data)))
     net = deploy(masked)
     masked = replace(masked, forms=net.info.get("lowering"))
     masked.save(folder / "masked.pt")
@@ -410,18 +419,36 @@ def prune(checkpoint: Checkpoint, config: SlimConfig, folder: Path, data: Datase
 
 
 def _switched_off(
-    slim: fx.GraphModule,
-    checkpoint: Checkpoint,
-    masks: Masks,
-    config: SlimConfig,
-    calibration: list[Tensor],
+    slim: fx.GraphModule, checkpoint: Checkpoint, masks: Masks, config: SlimConfig
 ) -> Checkpoint:
+    """The masked model, whose BN statistics are still those of before."""
     if checkpoint.masks is not None:
         masks = masks.within(checkpoint.masks)
     masked = copy.deepcopy(slim)
     apply_masks(masked, masks)
-    move_statistics(masked, slim, calibration)
-    return Checkpoint("masked", config, checkpoint.task, masked.state_dict(), masks)
+    return Checkpoint(
+        "masked", config, checkpoint.task, masked.state_dict(), masks, checkpoint.narrowed
+    )
+
+
+def _narrowed(masked: Checkpoint) -> Checkpoint:
+    assert masked.masks is not None
+    model = masked.build()
+    masks = narrow(model, masked.masks)
+    cut = masked.masks if masked.narrowed is None else widen(masked.masks, masked.narrowed)
+    return replace(masked, model=model.state_dict(), masks=masks, narrowed=cut)
+
+
+def _with_statistics(
+    masked: Checkpoint, slim: fx.GraphModule, calibration: list[Tensor]
+) -> Checkpoint:
+    model = masked.build()
+    move_statistics(model, slim, calibration)
+    return replace(masked, model=model.state_dict())
+
+
+def _calibration(config: SlimConfig, data: Dataset) -> list[Tensor]:
+    return calibration_batches(hold_out(data, config.holdout)[0], torch.device("cpu"))
 
 
 def _masked_within(
@@ -431,7 +458,6 @@ def _masked_within(
     config: SlimConfig,
     folder: Path,
     data: Dataset,
-    calibration: list[Tensor],
 ) -> Checkpoint:
     """The masked model that keeps the most channels within a target."""
     cost: Cost = target.kind if target.kind != "accuracy-drop" else config.cost
@@ -447,10 +473,18 @@ def _masked_within(
             round_to=config.round_to,
             spared=spared,
         )
-        return _switched_off(slim, checkpoint, masks, config, calibration)
+        return _switched_off(slim, checkpoint, masks, config)
 
     if target.kind == "accuracy-drop":
-        return _smallest_within_drop(target.value / 100, masked, thresholds, config, data)
+        calibration = _calibration(config, data)
+        return _smallest_within_drop(
+            target.value / 100,
+            masked,
+            lambda found: _with_statistics(found, slim, calibration),
+            thresholds,
+            config,
+            data,
+        )
     return _largest_within_budget(target, masked, thresholds)
 
 
@@ -463,7 +497,7 @@ def _largest_within_budget(target: Target, masked: _Masked, thresholds: list[flo
     """Search for the threshold; then name the fastest forms, whose cost is another, and again."""
 
     def ratio(checkpoint: Checkpoint) -> float:
-        return deployed_ratio(target.kind, checkpoint, deploy(checkpoint, likely_form))
+        return deployed_ratio(target.kind, checkpoint, deploy(checkpoint, likeliest))
 
     def within(forms: dict[str, Form] | None) -> Checkpoint:
         def search_with(spared: Collection[str]) -> tuple[Checkpoint, Checkpoint | None]:
@@ -487,7 +521,7 @@ def _largest_within_budget(target: Target, masked: _Masked, thresholds: list[flo
     if checkpoint.config.lowering == "plain":
         return checkpoint
     checkpoint = within(deploy(checkpoint).info["lowering"])
-    return replace(checkpoint, forms=deploy(checkpoint, likely_form).info["lowering"])
+    return replace(checkpoint, forms=deploy(checkpoint, likeliest).info["lowering"])
 
 
 def deployed_ratio(kind: str, checkpoint: Checkpoint, net: nn.Module) -> float:
@@ -504,14 +538,10 @@ def deployed_ratio(kind: str, checkpoint: Checkpoint, net: nn.Module) -> float:
     return timings["net"].median_ms / timings["original"].median_ms
 
 
-def likely_form(_: str, forms: Mapping[Form, nn.Module], __: Tensor) -> Form:
-    """What is mostly the fastest of a block's forms."""
-    return "selection" if "selection" in forms else "convolution"
-
-
 def _smallest_within_drop(
     drop: float,
     masked: _Masked,
+    settled: Callable[[Checkpoint], Checkpoint],
     thresholds: list[float],
     config: SlimConfig,
     data: Dataset,
@@ -526,7 +556,7 @@ def _smallest_within_drop(
     device = pick_device(config.device)
 
     def accuracy(checkpoint: Checkpoint) -> float:
-        model = checkpoint.build(device)
+        model = settled(checkpoint).build(device)
         correct, images = evaluate(model, held_out, mean=data.mean, std=data.std, device=device)
         return correct / images
 
@@ -613,12 +643,10 @@ def deploy(checkpoint: Checkpoint, choose: Choose | None = None) -> PlainNet:
     net.info = {"model": config.model, **dataclasses.asdict(checkpoint.task)}
     if config.lowering == "plain":
         return net
-    known, decide = checkpoint.forms or {}, choose or fastest(config.platform)
+    known, decide = checkpoint.forms or {}, choose or fastest(example, config.platform)
 
-    def form(name: str, forms: Mapping[Form, nn.Module], x: Tensor) -> Form:
-        if name in known and known[name] in forms:
-            return known[name]
-        return decide(name, forms, x)
+    def form(name: str, forms: Sequence[Form], made: Callable[[Form], PlainNet]) -> Form:
+        return known[name] if known.get(name) in forms else decide(name, forms, made)
 
     return lower(net, example, form)
 

@@ -122,6 +122,17 @@ def test_a_latency_table_tells_what_channels_cost():
     assert row["ms_per_output"] == max(row["ms"] - row["ms_half_outputs"], 0) / 32
 
 
+def test_a_latency_table_of_rounded_widths():
+    """Sixteen channels go together or not at all, and none take no time."""
+    net = nn.Sequential(nn.Conv2d(16, 48, 3, padding=1)).eval()
+    table = latency_table(sites(net, torch.zeros(1, 16, 8, 8)), Platform(), 16, 2, 0.001)
+    row = table.iloc[0]
+    assert row["ms_half_inputs"] == 0
+    assert row["ms_per_input"] == row["ms"] / 16
+    assert row["ms_half_outputs"] > 0
+    assert row["ms_per_output"] == max(row["ms"] - row["ms_half_outputs"], 0) / 32
+
+
 def test_tables_of_other_models():
     table = pd.DataFrame({"layer": ["a"], "ms_per_output": [1.0], "ms_per_input": [1.0]})
     with pytest.raises(UsageError, match="of another model: it lacks '0'"):

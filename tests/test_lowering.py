@@ -161,7 +161,7 @@ def test_the_fastest_form_is_chosen():
     model = scramble(create_model("resnet20")).eval()
     x = torch.randn(1, 3, 32, 32)
     net = convert(model, x, keep_bn=False)
-    lowered = lower(net, x, fastest(Platform(batch_size=8), rounds=3, min_seconds=0.001))
+    lowered = lower(net, x, fastest(x, Platform(batch_size=8), rounds=3, min_seconds=0.001))
     # Half of the MACs: whatever the noise, not all blocks can be faster as Dirac filters.
     assert set(lowered.info["lowering"].values()) != {"plain"}
 
