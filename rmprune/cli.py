@@ -150,6 +150,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "original residual model's, or accuracy-drop=0.5, percentage points on held-out training "
         "images (--holdout). Channels go by their scale over what their removal saves.",
     },
+    "importance": {
+        "type": click.Choice(["scale", "loss"]),
+        "default": DEFAULTS.importance,
+        "help": "Let a target take channels by their scale, or by what the outputs lose without "
+        "them, searched greedily: for models that were not trained for sparsity.",
+    },
     "round_to": {
         "type": click.IntRange(min=1),
         "default": DEFAULTS.round_to,
@@ -258,7 +264,7 @@ TASK = ("data", "data_root", "image_size")
 TRAINING = ("lr", "batch_size", "seed", "device", "precision", "compile")
 SPARSITY = ("sparsity", "schedule", "cost", "holdout", "distill")
 PLATFORM = ("lowering", "round_to", "backend", "threads", "latency_batch")
-BUDGET = ("threshold", "target")
+BUDGET = ("threshold", "target", "importance")
 
 
 @click.group(
@@ -318,13 +324,16 @@ def train(out: Path, resume: bool, **settings: Any) -> None:
 
 @main.command()
 @click.argument("run", type=EXISTING)
-@_options(*BUDGET)
-@_options(*PLATFORM, "data", "data_root", of_a_run=True)
+@_options("threshold", "target")
+@_options("importance", *PLATFORM, "data", "data_root", of_a_run=True)
 @click.option(
     "--out", type=FOLDER, help="Folder to write.  [default: RUN/threshold-T or RUN/KIND-VALUE]"
 )
 def prune(run: Path, out: Path | None, **settings: Any) -> None:
-    """Select channels of a sparse RUN, convert and remove; seconds, and no training.
+    """Select channels of a sparse RUN, convert and remove, without training.
+
+    Seconds; minutes where many nets must be timed or tried, for a target of latency or accuracy
+    or with --importance loss.
 
     RUN is a folder of `rmprune train` or its sparse.pt; a finetuned.pt is pruned further. Any
     number of thresholds and targets can be tried on one training; `rmprune finetune` goes on
@@ -544,7 +553,7 @@ def convert(
     show_default=True,
     help="May be given several times.",
 )
-@_options(*TASK, "schedule", "cost", "holdout", "distill", "prune_steps", *PLATFORM)
+@_options(*TASK, "schedule", "cost", "holdout", "distill", "importance", "prune_steps", *PLATFORM)
 @_options("epochs", "finetune_epochs", "finetune_lr", "lr", "batch_size", "device", "precision")
 @_options("compile", "out", "resume")
 def sweep(

@@ -51,14 +51,14 @@ def select(
     slim: fx.GraphModule,
     threshold: float,
     *,
-    savings: Mapping[str, float] | None = None,
+    scores: Mapping[str, Tensor] | None = None,
     lowering: Lowering = "plain",
     round_to: int = 1,
     spared: Collection[str] = (),
 ) -> Masks:
-    """Choose the channels whose scale reaches a threshold.
+    """Choose the channels whose score reaches a threshold.
 
-    An inner channel of a block goes when its own scale is under the threshold, a reserved
+    An inner channel of a block goes when its own score is under the threshold, a reserved
     channel when its shortcut BN's is or when the channel it would copy is gone, an output
     channel when neither the block's last BN nor its shortcut keeps it. A body that has lost
     a whole layer is lost altogether: its block then collapses. Where nothing at all would
@@ -66,9 +66,9 @@ def select(
 
     Args:
         slim: A slimmable model, see `rmprune.add_shortcut_bn`; left as it is.
-        threshold: On ``|γ|``, or on ``|γ|`` over what the channel's removal saves.
-        savings: What one channel of each BN saves, by path; see `rmprune.costs`. Channels
-            that save nothing stay.
+        threshold: On the scores.
+        scores: ``(channels,)`` for each BN, by path; see `rmprune.importance`. By default the
+            scales, ``|γ|``.
         lowering: What the net is made for. In a ``"plain"`` net an output channel costs the
             same whether a block's body makes it, its shortcut, or both; with ``"auto"`` the
             body's part goes by its own scale, too.
@@ -85,7 +85,7 @@ def select(
         raise UsageError(f"the threshold must be finite and not negative, but it is {threshold}")
     if round_to < 1:
         raise UsageError(f"widths can be multiples of 1 or more, not of {round_to}")
-    selection = _Selection(threshold, savings, lowering, round_to, spared)
+    selection = _Selection(threshold, scores, lowering, round_to, spared)
     for item in parse(slim).items:
         if isinstance(item, Block):
             selection.visit_block(item)
@@ -100,13 +100,13 @@ class _Selection:
     def __init__(
         self,
         threshold: float,
-        savings: Mapping[str, float] | None,
+        scores: Mapping[str, Tensor] | None,
         lowering: Lowering,
         round_to: int,
         spared: Collection[str],
     ) -> None:
         self.threshold = threshold
-        self.savings = savings
+        self.scores = scores
         self.lowering = lowering
         self.round_to = round_to
         self.spared = spared
@@ -170,14 +170,15 @@ class _Selection:
         if any(isinstance(module, nn.Conv2d) for module in modules):
             if isinstance(modules[-1], nn.BatchNorm2d):
                 kept = self._above(remainder[-1])
-            else:
-                kept = (shortcut.scale >= self.threshold).cpu()
+            else:  # no BN, no score of its own: its scale is 1
+                least = self.threshold if self.scores is None else 0
+                kept = (shortcut.scale >= least).cpu()
             return kept & reserved.any()
         return (shortcut.weight.cpu() != 0).float() @ reserved.float() > 0
 
     def _above(self, layer: Layer) -> Tensor:
-        saving = 1.0 if self.savings is None else self.savings[layer.name]
-        above = (_scale(layer) >= self.threshold * saving).cpu()
+        score = _scale(layer) if self.scores is None else self.scores[layer.name]
+        above = (score >= self.threshold).cpu()
         if layer.name in self.spared and not above.any():
             above[_scale(layer).argmax()] = True
         return above

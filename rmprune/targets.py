@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
 import torch
-from torch import fx
+from torch import Tensor
 
 from rmprune.errors import PruningError, UsageError
-from rmprune.slimming import scales_of
 
 Kind = Literal["latency", "macs", "params", "accuracy-drop"]
 TOLERANCE: dict[str, float] = {"latency": 0.05, "macs": 0.03, "params": 0.03}
@@ -74,17 +73,15 @@ class Target:
         return f"{self.kind}={self.value:g}"
 
 
-def thresholds_of(slim: fx.GraphModule, savings: Mapping[str, float]) -> list[float]:
-    """Every threshold that makes a difference, ascending: the scales over their savings."""
-    scores = torch.cat(
-        [
-            scale.double().cpu() / savings[name]
-            for name, scale in scales_of(slim).items()
-            if savings[name] > 0
-        ]
-    )
-    scores = torch.unique(scores)
-    return [0.0, *scores.tolist(), 2 * float(scores[-1]) + 1]
+def thresholds_of(scores: Mapping[str, Tensor]) -> list[float]:
+    """Every threshold that makes a difference, ascending.
+
+    Args:
+        scores: Of the channels of every BN; those that are inf never go.
+    """
+    finite = [score[torch.isfinite(score)].double().cpu() for score in scores.values()]
+    values = torch.unique(torch.cat(finite)).tolist()
+    return [0.0, *values, *(2 * last + 1 for last in values[-1:])]
 
 
 def search(
@@ -125,7 +122,7 @@ def search(
             return found, None
     if found is None:
         raise PruningError(
-            f"even with one channel a layer the net keeps more than {limit:.1%} of the original; "
+            f"even the smallest net keeps more than {limit:.1%} of the original; "
             "choose a larger target"
         )
     return found, above

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmprune.errors import PruningError, UsageError
+from rmprune.importance import by_scale
 from rmprune.models import create_model
 from rmprune.slimming import add_shortcut_bn, scale_parameters
 from rmprune.targets import Target, search, thresholds_of
@@ -75,4 +76,4 @@ def test_thresholds_leave_out_what_must_stay():
     names = list(scale_parameters(slim))
     scale_parameters(slim)[names[0]].data.fill_(3.0)
     savings = {name: float(name == names[0]) * 2 for name in names}
-    assert thresholds_of(slim, savings) == [0.0, 1.5, 4.0]
+    assert thresholds_of(by_scale(slim, savings)) == [0.0, 1.5, 4.0]

@@ -1,0 +1,109 @@
+"""Scores: what goes first is what is missed least for its cost."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import residual_networks, scramble
+
+from rmprune.blocks import inner_bns
+from rmprune.costs import channel_savings, counted
+from rmprune.errors import UsageError
+from rmprune.graph import parse
+from rmprune.importance import _Search, by_loss, by_scale
+from rmprune.models import create_model
+from rmprune.runs import SlimConfig
+from rmprune.selection import select
+from rmprune.slimming import add_shortcut_bn, scales_of
+
+X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+
+
+@pytest.fixture(scope="module")
+def slim():
+    return scramble(add_shortcut_bn(create_model("resnet20"))).double().eval()
+
+
+@pytest.fixture(scope="module")
+def savings(slim):
+    return channel_savings(slim, X, counted("macs"), "auto")
+
+
+def test_scales_over_savings(slim):
+    savings = dict.fromkeys(scales_of(slim), 2.0) | {"bn1": 0.0}
+    scores = by_scale(slim, savings)
+    assert (scores["bn1"] == math.inf).all()
+    torch.testing.assert_close(scores["layer1.0.bn1"], scales_of(slim)["layer1.0.bn1"] / 2)
+    assert select(slim, 0.3, scores=scores).keep["bn1"].all()
+
+
+def test_a_body_that_changes_nothing_goes_first(slim, savings):
+    idle = copy.deepcopy(slim)
+    for name in ("layer2.1.bn2", "layer3.2.bn2"):
+        torch.nn.init.zeros_(idle.get_submodule(name).weight)
+        torch.nn.init.zeros_(idle.get_submodule(name).bias)
+    scores = by_loss(idle, savings, [X], lowering="auto")
+    first = sorted(scores, key=lambda name: scores[name].max().item())
+    assert set(first[:4]) == {"layer2.1.bn1", "layer2.1.bn2", "layer3.2.bn1", "layer3.2.bn2"}
+    behind = max(scores[name].max().item() for name in first[:4]) + 0.01
+    masks = select(idle, behind, scores=scores, lowering="auto")
+    assert not masks.keep["layer2.1.bn1"].any()
+    assert not masks.keep["layer3.2.bn2"].any()
+    assert masks.removed == 2 * 32 + 2 * 64
+
+
+def test_the_first_step_is_the_best_of_all(slim, savings):
+    """Against trying every one: a quarter of a layer, or a whole body."""
+    model = copy.deepcopy(slim)
+    scores = by_loss(model, savings, [X], lowering="auto")
+    first = {name: (score < 2) for name, score in scores.items() if (score < 2).any()}
+    search = _Search(slim, savings, [X], "auto", 1)
+    steps = [step for place in search.places if (step := search.step(place)) is not None]
+    prices = [search.price(step) for step in steps]
+    best = steps[prices.index(min(prices))]
+    assert {name: set(mask.nonzero().flatten().tolist()) for name, mask in first.items()} == {
+        name: set(channels.tolist()) for name, channels in best.items()
+    }
+    for before, after in itertools.pairwise(sorted(scores, key=lambda n: scores[n].min().item())):
+        assert scores[before].min() <= scores[after].min()
+
+
+def test_channels_go_in_multiples(slim, savings):
+    scores = by_loss(slim, savings, [X], lowering="auto", round_to=16)
+    for name in inner_bns(parse(slim)):
+        for threshold in torch.unique(scores[name]).tolist():
+            masks = select(slim, threshold, scores=scores, lowering="auto", round_to=16)
+            assert int(masks.keep[name].sum()) % 16 == 0
+
+
+def test_reserved_channels_cost_plain_nets_only(slim, savings):
+    plain = channel_savings(slim, X, counted("macs"), "plain")
+    name = "layer1.1.shortcut_bn"
+    assert torch.isfinite(by_loss(slim, plain, [X], lowering="plain")[name]).any()
+    assert torch.isinf(by_loss(slim, savings, [X], lowering="auto")[name]).all()
+
+
+@settings(max_examples=15)
+@given(residual_networks(), st.sampled_from(["plain", "auto"]))
+def test_random_networks(model, lowering):
+    slim = scramble(add_shortcut_bn(model)).double().eval()
+    x = torch.randn(2, 3, 13, 10).double()
+    savings = channel_savings(slim, x, counted("macs"), lowering)
+    savings = {name: savings.get(name, 1.0) for name in scales_of(slim)}
+    before = copy.deepcopy(slim.state_dict())
+    scores = by_loss(slim, savings, [x], lowering=lowering)
+    for name, score in scores.items():
+        assert score.shape == scales_of(slim)[name].shape
+        assert (score >= 1).all()
+    torch.testing.assert_close(slim.state_dict(), before, rtol=0, atol=0)
+    removed = [select(slim, t, scores=scores, lowering=lowering).removed for t in (0, 2, 4, 8, 1e9)]
+    assert removed == sorted(removed)
+
+
+def test_thresholds_are_on_scales():
+    with pytest.raises(UsageError, match="name a --target"):
+        SlimConfig(importance="loss")
