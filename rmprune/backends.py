@@ -8,13 +8,10 @@ turn, so that their ratios can be trusted; see `rmprune.measure.latency`.
 from __future__ import annotations
 
 import copy
-import importlib
 import importlib.util
-import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -23,6 +20,7 @@ from torch.fx.experimental.optimization import fuse
 
 from rmprune.errors import UsageError
 from rmprune.measure import Latency, WideSpreadWarning, latency
+from rmprune.onnx_graph import extra, to_onnx
 
 Backend = Literal["torch", "onnxruntime"]
 
@@ -54,7 +52,7 @@ class Platform:
         """The backend and its version."""
         if self.backend == "torch":
             return f"torch {torch.__version__}"
-        return f"onnxruntime {_extra('onnxruntime').__version__}"
+        return f"onnxruntime {extra('onnxruntime', 'the backend onnxruntime').__version__}"
 
 
 def installed() -> tuple[Backend, ...]:
@@ -125,35 +123,16 @@ class OnnxNetwork(nn.Module):
 
     def __init__(self, model: nn.Module, batch: Tensor, threads: int) -> None:
         super().__init__()
-        onnxruntime = _extra("onnxruntime")
-        _extra("onnxscript")
-        logger = logging.getLogger("torch.onnx")
-        level = logger.level
-        logger.setLevel(logging.ERROR)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of onnxscript's and torch's own deprecations
-                program = torch.onnx.export(model.cpu(), (batch.cpu(),), dynamo=True, verbose=False)
-        finally:
-            logger.setLevel(level)
-        assert program is not None
+        onnxruntime = extra("onnxruntime", "the backend onnxruntime")
+        graph = to_onnx(model.cpu(), batch.cpu())
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
         self._session: Any = onnxruntime.InferenceSession(
-            program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
         self._input = self._session.get_inputs()[0].name
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` to what the network gives."""
         return torch.from_numpy(self._session.run(None, {self._input: x.cpu().numpy()})[0])
-
-
-def _extra(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UsageError(
-            f"the backend onnxruntime needs {name}; install it: pip install 'rmprune[onnx]'"
-        ) from error

@@ -43,5 +43,9 @@ class ConversionError(RmpruneError):
         self.advice = advice
 
 
+class ExportError(RmpruneError):
+    """A network cannot be written in a format, or is not the same there."""
+
+
 class PruningError(RmpruneError):
     """Channels cannot be selected or removed."""

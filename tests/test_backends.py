@@ -7,7 +7,7 @@ import torch
 from strategies import scramble
 from torch import nn
 
-from rmprune import backends
+from rmprune import backends, onnx_graph
 from rmprune.backends import OnnxNetwork, Platform, deploy, installed, time_deployed
 from rmprune.errors import UsageError
 from rmprune.models import create_model
@@ -66,7 +66,7 @@ def test_a_missing_extra_is_named(monkeypatch, model):
     def missing(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(backends.importlib, "import_module", missing)
+    monkeypatch.setattr(onnx_graph.importlib, "import_module", missing)
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda _: None)
     assert installed() == ("torch",)
     with pytest.raises(UsageError, match=r"needs onnxruntime; .*pip install 'rmprune\[onnx\]'"):
