@@ -216,7 +216,11 @@ def _read(model: Any) -> _Graph:
             else []
         )
         _enter(found, node, inputs, outputs, attributes)
-    found.output = found.tensors[last]
+    result = found.tensors[last]
+    if result.scale is not None:
+        found.nodes.append(Node(last, "DequantizeLinear", [result], [found.output], {}))
+    else:
+        found.output = result
     return found
 
 
@@ -233,14 +237,16 @@ def _enter(
 ) -> None:
     """Add a node to a graph, or what stands for its output if there is nothing to do."""
     match node.op_type:
-        case "DequantizeLinear" if inputs[0].value is not None or inputs[0].scale is not None:
-            result = inputs[0]
-            if result.scale is None:
-                zero = inputs[2].value if len(inputs) > 2 else None
-                if zero is not None and zero.any():
-                    raise ExportError(f"{node.name}: constants must have the zero point 0")
-                result = replace(result, scale=np.asarray(inputs[1].value, dtype=np.float32))
-            found.tensors[node.output[0]] = result
+        case "DequantizeLinear" if inputs[0].value is not None:
+            scale, zero = inputs[1].value, inputs[2].value if len(inputs) > 2 else None
+            assert scale is not None
+            weight = replace(inputs[0], scale=scale)
+            if zero is not None and zero.any():  # no weight: those are symmetric
+                real = scale * (inputs[0].value.astype(np.float32) - zero)
+                weight = replace(inputs[0], dtype="float32", value=real.astype(np.float32))
+            found.tensors[node.output[0]] = weight
+        case "DequantizeLinear" if inputs[0].scale is not None:
+            found.tensors[node.output[0]] = inputs[0]
         case "QuantizeLinear":
             zero = inputs[2].value if len(inputs) > 2 else np.zeros((), np.uint8)
             assert zero is not None

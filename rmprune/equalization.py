@@ -1,0 +1,198 @@
+"""Channels brought to one range, so that a single int8 scale for a tensor serves them all.
+
+``f(a z) = a f(z)`` for a > 0 and f a ReLU: a channel's factor moves from the layer that makes
+it into those that read it, and no output changes (cross-layer equalisation; Nagel et al. 2019,
+arXiv 1906.04721, section 4.1, with ranges measured instead of those of weights). Copies that
+an addition takes have the factor of what they are copies of.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rmprune.layers import ChannelGate, ChannelSelection, PartialActivation, ResidualBlock
+from rmprune.plain import PlainNet
+
+PASSING = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.modules.dropout._DropoutNd)
+POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+LEAST = 1e-3  # of the median range: a channel that is never on needs no scale
+
+
+@torch.no_grad()
+def equalize(net: PlainNet, batches: Iterable[Tensor]) -> PlainNet:
+    """An equal net whose channels reach values of about 1, each.
+
+    Args:
+        net: In evaluation mode, its BNs folded, with or without additions; left as it is.
+        batches: Normalised images, ``(N, C, H, W)`` each, to measure ranges on.
+    """
+    net = copy.deepcopy(net)
+    chains = _Chains(list(batches))
+    names = chains.visit_all(net, None)
+    if names is not None:
+        chains.freeze(names)
+    chains.rescale()
+    return net
+
+
+class _Chains:
+    """A walk over a net that gives channels numbers, one for all that must have one factor."""
+
+    def __init__(self, values: list[Tensor]) -> None:
+        self.values = values
+        self.parent: list[int] = []
+        self.reach: list[float] = []
+        self.frozen: set[int] = set()
+        self.changes: list[Callable[[Callable[[Tensor], Tensor]], None]] = []
+
+    # Numbers of channels.
+
+    def new(self, count: int) -> Tensor:
+        """Numbers for channels that are tied to no other."""
+        begin = len(self.parent)
+        self.parent += range(begin, begin + count)
+        self.reach += [0.0] * count
+        return torch.arange(begin, begin + count)
+
+    def root(self, number: int) -> int:
+        """The number that stands for all that are tied to one."""
+        while self.parent[number] != number:
+            number = self.parent[number]
+        return number
+
+    def tie(self, some: Tensor, others: Tensor) -> None:
+        """Give pairs of channels the same factor."""
+        for a, b in zip(some.tolist(), others.tolist(), strict=True):
+            self.parent[self.root(a)] = self.root(b)
+
+    def freeze(self, names: Tensor) -> None:
+        """Let channels be as they are."""
+        self.frozen |= set(names.tolist())
+
+    def note(self, names: Tensor | None) -> None:
+        """Remember how far the present values reach."""
+        if names is None:
+            return
+        reach = torch.stack([v.abs().transpose(0, 1).flatten(1).amax(1) for v in self.values])
+        for number, value in zip(names.tolist(), reach.amax(0).tolist(), strict=True):
+            self.reach[number] = max(self.reach[number], value)
+
+    # The walk.
+
+    def visit_all(self, layers: Iterable[nn.Module], names: Tensor | None) -> Tensor | None:
+        """Walk on from channels of the given numbers (None: the image); return the last ones."""
+        for layer in layers:
+            names = self.visit(layer, names)
+        return names
+
+    def visit(self, layer: nn.Module, names: Tensor | None) -> Tensor | None:
+        """Walk through one layer."""
+        if isinstance(layer, ResidualBlock):
+            return self._block(layer, names)
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            self._reads(layer, names)
+            self._run(layer)
+            made = self.new(len(layer.weight))
+            self.changes.append(lambda factor: _divide_rows(layer, factor(made)))
+            return made
+        if isinstance(layer, ChannelGate) and names is not None:
+            weight = layer.get_parameter("weight0")
+            self.changes.append(lambda factor: _set(weight, weight * factor(names)))
+        elif not _is_homogeneous(layer) and names is not None:
+            self.freeze(names)
+        before = self.values[0].shape
+        self._run(layer)
+        if isinstance(layer, nn.Flatten) and names is not None:
+            return names.repeat_interleave(self.values[0].shape[1] // before[1])
+        return names
+
+    def _reads(self, layer: nn.Conv2d | nn.Linear, names: Tensor | None) -> None:
+        self.note(names)
+        if names is not None:
+            self.changes.append(lambda factor: _multiply_columns(layer, factor(names)))
+
+    def _run(self, layer: nn.Module) -> None:
+        self.values = [layer(value) for value in self.values]
+
+    def _block(self, block: ResidualBlock, names: Tensor | None) -> Tensor:
+        result = [block(value) for value in self.values]
+        self.note(names)
+        made = self.visit_all(block.body, names)
+        assert made is not None
+        self.note(made)
+        if block.added is not None:
+            self._shortcut(block.added, names, made[: block.added.out_channels])
+        if block.passed is not None:
+            through = self.new(block.passed.out_channels)
+            self._shortcut(block.passed, names, through)
+            made = torch.cat([made, through])
+        self.values = result
+        return made
+
+    def _shortcut(
+        self, layer: nn.Conv2d | ChannelSelection, names: Tensor | None, made: Tensor
+    ) -> None:
+        """What is added to channels of the given numbers, or becomes them."""
+        if isinstance(layer, nn.Conv2d):
+            if names is not None:
+                self.changes.append(lambda factor: _multiply_columns(layer, factor(names)))
+            self.changes.append(lambda factor: _divide_rows(layer, factor(made)))
+            return
+        if layer.bias is not None:
+            bias = layer.bias
+            self.changes.append(lambda factor: _set(bias, bias / factor(made)))
+        if names is None:
+            self.freeze(made)
+            return
+        source = names[layer.indices]
+        if layer.scale is None:
+            self.tie(made, source)
+        else:
+            scale = layer.scale
+            self.changes.append(lambda factor: _set(scale, scale * factor(source) / factor(made)))
+
+    # The result.
+
+    def rescale(self) -> None:
+        """Divide what makes a channel by its factor, and multiply what reads it."""
+        roots = [self.root(number) for number in range(len(self.parent))]
+        reach = [0.0] * len(roots)
+        for number, root in enumerate(roots):
+            reach[root] = max(reach[root], self.reach[number])
+        least = LEAST * float(torch.tensor([r for r in reach if r > 0] or [1.0]).median())
+        frozen = {roots[number] for number in self.frozen}
+        factors = torch.tensor(
+            [1.0 if r in frozen or reach[r] <= least else reach[r] for r in roots]
+        )
+        like = self.values[0]
+        for change in self.changes:
+            change(lambda names: factors[names].to(like))
+
+
+def _is_homogeneous(layer: nn.Module) -> bool:
+    if isinstance(layer, PartialActivation):
+        return layer.activation == "relu"
+    return isinstance(layer, (*PASSING, *POOLS, nn.Flatten, ChannelGate))
+
+
+def _set(parameter: Tensor, value: Tensor) -> None:
+    parameter.copy_(value)
+
+
+def _divide_rows(layer: nn.Conv2d | nn.Linear, factor: Tensor) -> None:
+    layer.weight.div_(factor.view(-1, *[1] * (layer.weight.ndim - 1)))
+    if layer.bias is not None:
+        layer.bias.div_(factor)
+
+
+def _multiply_columns(layer: nn.Conv2d | nn.Linear, factor: Tensor) -> None:
+    if isinstance(layer, nn.Linear):
+        layer.weight.mul_(factor)
+        return
+    by_group: Sequence[Tensor] = factor.chunk(layer.groups)
+    rows = torch.stack(list(by_group)).repeat_interleave(len(layer.weight) // layer.groups, 0)
+    layer.weight.mul_(rows[:, :, None, None])
