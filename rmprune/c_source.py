@@ -36,6 +36,9 @@ UNARY = {
     "Softplus": "log1pf(expf({0}))",
     "Sqrt": "sqrtf({0})",
     "Neg": "-{0}",
+    "Gelu": "0.5f * {0} * (1.0f + erff(0.70710678f * {0}))",
+    "GeluTanh": "0.5f * {0} * (1.0f + tanhf(0.79788456f * {0} * (1.0f + 0.044715f * {0} * {0})))",
+    "Mish": "{0} * tanhf(log1pf(expf({0})))",
     "Cast": "(float){0}",
     "QuantizeLinear": "{0}",
     "DequantizeLinear": "{0}",
@@ -129,12 +132,14 @@ class CSource(NamedTuple):
         source: Text of ``NAME.c``.
         arena_bytes: Of the static arena, where all activations are.
         weight_bytes: Of all constants.
+        outputs: Values that it gives.
     """
 
     header: str
     source: str
     arena_bytes: int
     weight_bytes: int
+    outputs: int
 
 
 def c_source(model: Any, name: str = "net", about: Sequence[str] = ()) -> CSource:
@@ -335,7 +340,13 @@ class _Writer:
         steps = [self._step(index, node) for index, node in enumerate(self.nodes)]
         plans = self._plans()
         total = sum(placed.bytes for placed in plans.values())
-        return CSource(self._header(total), self._source(plans, steps), total, self.weight_bytes)
+        return CSource(
+            self._header(total),
+            self._source(plans, steps),
+            total,
+            self.weight_bytes,
+            self.output.size,
+        )
 
     # Where tensors lie.
 
@@ -405,7 +416,8 @@ class _Writer:
     def _elementwise(self, node: Node) -> list[str]:
         output = node.outputs[0]
         rank = len(output.shape)
-        expression = {**UNARY, **BROADCAST}[node.op]
+        tanh = node.attributes.get("approximate") == b"tanh"
+        expression = {**UNARY, **BROADCAST}["GeluTanh" if tanh else node.op]
         attributes = {**DEFAULTS.get(node.op, {}), **node.attributes}
         names = {k: _float(v) for k, v in attributes.items() if isinstance(v, int | float)}
         loads = []
@@ -606,11 +618,14 @@ class _Writer:
 
     def _pool(self, node: Node, _: int) -> list[str]:
         source, output = node.inputs[0], node.outputs[0]
-        (rows, columns), attributes = node.attributes["kernel_shape"], node.attributes
+        attributes = node.attributes
+        if len(source.shape) != 4:
+            raise ExportError(f"{node.name}: only pooling of images is written in C")
+        rows, columns = attributes["kernel_shape"]
         down, right = attributes.get("strides", (1, 1))
         top, left = attributes.get("pads", (0, 0, 0, 0))[:2]
-        if tuple(attributes.get("dilations", (1, 1))) != (1, 1) or len(source.shape) != 4:
-            raise ExportError(f"{node.name}: only plain pooling of images is written in C")
+        if tuple(attributes.get("dilations", (1, 1))) != (1, 1):
+            raise ExportError(f"{node.name}: dilated pooling is not written in C")
         _, channels, height, width = source.shape
         _, _, out_height, out_width = output.shape
         largest = node.op == "MaxPool"

@@ -19,8 +19,10 @@ import torch
 from rmprune import __version__, backends, reports, runs
 from rmprune import sweep as sweeps
 from rmprune.convert import convert as convert_model
-from rmprune.data import Dataset, load_data
+from rmprune.data import Dataset, Split, load_data
 from rmprune.errors import RmpruneError, UsageError
+from rmprune.export import FORMATS, Format, RawImages, check, deployable, fed_images
+from rmprune.export import export as write_export
 from rmprune.graph import trace
 from rmprune.measure import evaluate
 from rmprune.models import create_model, model_names
@@ -285,6 +287,7 @@ def main(debug: bool) -> None:
                            rmprune prune    runs/a --threshold 5e-3
                            rmprune finetune runs/a/threshold-0.005
     See what came out:     rmprune inspect  runs/a/threshold-0.005/net.safetensors
+    To the device:         rmprune export   runs/a/threshold-0.005 --format c --quantize int8
     """
     del debug  # taken from the command line by _Commands.main
 
@@ -722,6 +725,133 @@ def evaluate_(net: Path | None, device: str, **settings: Any) -> None:
 
 
 @main.command()
+@click.argument("net", type=EXISTING)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(FORMATS),
+    default="onnx",
+    show_default=True,
+    help="onnx; pt2, for torch.export.load without rmprune; c, one C99 file for "
+    "microcontrollers, without malloc.",
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(["int8"]),
+    help="Weights and activations in 8 bits, calibrated on training images of --data.",
+)
+@click.option(
+    "--embed-preprocessing",
+    is_flag=True,
+    help="Take raw images, uint8 of N×H×W×3 in RGB, and normalise them in the network.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    help="Images at once; 0: any number.",
+)
+@click.option(
+    "--images",
+    type=click.IntRange(min=1),
+    default=1000,
+    show_default=True,
+    help="Test images to compare the result with torch on.",
+)
+@click.option(
+    "--calibration-images",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    help="Training images to calibrate int8 on.",
+)
+@_options("data", "data_root", of_a_run=True)
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File to write.  [default: NET.onnx, NET.pt2, or NET.h and NET.c]",
+)
+def export(
+    net: Path,
+    form: Format,
+    quantize: str | None,
+    embed_preprocessing: bool,
+    batch_size: int,
+    images: int,
+    calibration_images: int,
+    out: Path | None,
+    **settings: Any,
+) -> None:
+    """Write NET for a device, and compare what runs there with torch on real images.
+
+    NET is a plain net, a checkpoint of a run or a run's folder (its net.safetensors); --data
+    need not be given if it is the data that NET was trained for. BNs are folded. In float32
+    every output must be torch's to 1e-4 of the outputs' magnitude; of int8, accuracies are
+    shown instead.
+    """
+    given = _given(settings)
+    network, task, config = _open(_net_of(net))
+    if task is None and "data" not in given:
+        raise UsageError(f"{net} does not say what it was trained for; name it by --data")
+    data = _load(dataclasses.replace(config, **given), task)
+    raw = RawImages(data.mean, data.std) if embed_preprocessing else None
+    size = batch_size or 2
+    kept = max(images // size, 1) * size
+    test = Split(data.test.images[:kept], data.test.labels[:kept])
+    fed = fed_images(test, data, raw)
+    if len(fed) < size:
+        raise UsageError(f"{len(fed)} test images are no batch of {size}")
+    training = data.train.at(
+        runs.calibration_order(data)[: max(calibration_images // size, 1) * size]
+    )
+    calibration = fed_images(training, data, raw).split(size) if quantize else None  # type: ignore[no-untyped-call]
+    path = out or _net_of(net).with_suffix({"onnx": ".onnx", "pt2": ".pt2", "c": ".h"}[form])
+    done = write_export(
+        network,
+        form,
+        path,
+        fed[:size].clone(),  # or all images would be saved in it
+        raw=raw,
+        calibration=calibration,
+        dynamic_batch=not batch_size,
+        info={"classes": data.classes, "mean": data.mean, "std": data.std, "data": data.name},
+    )
+    for file in done.paths:
+        click.echo(f"saved {file}: {file.stat().st_size:,} bytes")
+    if done.c is not None:
+        click.echo(f"constants {done.c.weight_bytes:,} bytes, arena {done.c.arena_bytes:,} bytes")
+    if done.run is None:
+        click.echo("not compared with torch: there is no C compiler here")
+        return
+    with torch.no_grad():
+        expected = torch.cat([deployable(network, raw)(piece) for piece in fed.split(256)])  # type: ignore[no-untyped-call]
+    _say_agreement(expected, done.run(fed), test, quantize is not None)
+
+
+def _say_agreement(
+    expected: torch.Tensor, found: torch.Tensor, test: Split, quantized: bool
+) -> None:
+    count = len(test.labels)
+    same = (expected.argmax(1) == found.argmax(1)).sum().item()
+    if quantized:
+        before, after = (
+            100 * (outputs.argmax(1) == test.labels).float().mean().item()
+            for outputs in (expected, found)
+        )
+        click.echo(
+            f"accuracy on {count} test images: {after:.2f} % in int8, {before:.2f} % in float32; "
+            f"the same class on {same}"
+        )
+        return
+    difference = check(expected, found)
+    click.echo(
+        f"largest difference from torch on {count} test images: {difference:.1e} of the outputs' "
+        f"magnitude; the same class on {same}"
+    )
+
+
+@main.command()
 @click.argument("file", type=EXISTING)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def inspect(file: Path, as_json: bool) -> None:
@@ -759,6 +889,8 @@ def _check_budget(settings: dict[str, Any]) -> None:
     source = click.get_current_context().get_parameter_source("threshold")
     if settings["target"] is not None and source is not click.core.ParameterSource.DEFAULT:
         raise UsageError("give either --threshold or --target, not both")
+    if settings["target"] is None and settings["importance"] is not None:
+        runs.check_importance(settings["importance"])
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:

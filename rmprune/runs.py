@@ -157,10 +157,6 @@ class SlimConfig:
             raise UsageError("to distill, name the trained weights to learn from: --weights")
         if self.target is not None:
             Target.parse(self.target)
-        elif self.importance == "loss":
-            raise UsageError(
-                "a threshold is on scales; to prune by --importance loss, name a --target"
-            )
         elif self.prune_steps > 1:
             raise UsageError("channels go in several steps towards a --target; name one")
 
@@ -330,10 +326,14 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def calibration_order(data: Dataset) -> Tensor:
+    """Training images in a fixed shuffle, whose first ones are measured on."""
+    return torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(0))
+
+
 def calibration_batches(data: Dataset, device: torch.device) -> list[Tensor]:
-    """Normalised training images for measuring BN statistics: the first of a fixed shuffle."""
-    order = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(0))
-    chosen = order[:CALIBRATION_IMAGES]
+    """Normalised training images for measuring BN statistics."""
+    chosen = calibration_order(data)[:CALIBRATION_IMAGES]
     batches = eval_batches(
         data.train.at(chosen), 256, mean=data.mean, std=data.std, device=device, dtype=torch.float32
     )
@@ -409,6 +409,7 @@ def prune(checkpoint: Checkpoint, config: SlimConfig, folder: Path, data: Datase
     slim = checkpoint.build()
     target = None if config.target is None else Target.parse(config.target)
     if target is None:
+        check_importance(config.importance)
         masks = select(
             slim,
             config.threshold,
@@ -427,6 +428,14 @@ def prune(checkpoint: Checkpoint, config: SlimConfig, folder: Path, data: Datase
     masked.save(folder / "masked.pt")
     save(net, folder / "pruned.safetensors")
     return masked
+
+
+def check_importance(importance: Importance) -> None:
+    """Refuse to compare anything but scales with a threshold."""
+    if importance != "scale":
+        raise UsageError(
+            f"a threshold is on scales; to prune by --importance {importance}, name a --target"
+        )
 
 
 def _switched_off(

@@ -83,7 +83,9 @@ class Sweep:
         if not self.levels:
             raise UsageError("a sweep needs levels to prune to: --threshold or --target")
         for level in self.levels:
-            if not level.startswith("threshold="):
+            if level.startswith("threshold="):
+                runs.check_importance(self.base.importance)
+            else:
                 Target.parse(level)
 
     def trainings(self) -> Iterator[tuple[Method, SlimConfig]]:

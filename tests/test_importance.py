@@ -16,7 +16,7 @@ from rmprune.errors import UsageError
 from rmprune.graph import parse
 from rmprune.importance import _Search, by_loss, by_scale
 from rmprune.models import create_model
-from rmprune.runs import SlimConfig
+from rmprune.runs import check_importance
 from rmprune.selection import select
 from rmprune.slimming import add_shortcut_bn, scales_of
 
@@ -106,4 +106,4 @@ def test_random_networks(model, lowering):
 
 def test_thresholds_are_on_scales():
     with pytest.raises(UsageError, match="name a --target"):
-        SlimConfig(importance="loss")
+        check_importance("loss")

@@ -1,0 +1,190 @@
+"""Exported networks compute what torch does, and int8 what can be had in 8 bits."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import residual_networks, scramble
+from test_c_source import run_in_c
+
+from rmprune.convert import convert
+from rmprune.equalization import equalize
+from rmprune.errors import ExportError, UsageError
+from rmprune.export import RawImages, check, deployable, export, fed_images
+from rmprune.lowering import lower
+from rmprune.models import create_model
+from rmprune.onnx_graph import to_onnx
+from rmprune.quantization import quantize
+from rmprune.removal import prune
+from rmprune.rewrite import collapse
+from rmprune.selection import apply_masks, select
+from rmprune.slimming import add_shortcut_bn
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def lowered():
+    """A pruned ResNet-20 with additions of every form."""
+    slim = scramble(add_shortcut_bn(create_model("resnet20"))).eval()
+    apply_masks(slim, select(slim, 0.7, lowering="auto"))
+    plain = collapse(prune(convert(slim, X, keep_bn=False)))
+    return lower(plain, X, lambda name, forms, _: forms[len(name) % len(forms)])
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2", "c"])
+def test_every_format_is_torchs(tmp_path, lowered, form):
+    done = export(lowered, form, tmp_path / f"net.{form}", X[:1])
+    assert done.run is not None
+    with torch.no_grad():
+        assert check(lowered(X), done.run(X)) < 1e-5
+    assert all(path.exists() for path in done.paths)
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+def test_any_number_of_images(tmp_path, lowered, form):
+    done = export(lowered, form, tmp_path / "net", X[:2], dynamic_batch=True)
+    for count in (1, 3):
+        with torch.no_grad():
+            check(lowered(X[:count]), done.run(X[:count]))
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2", "c"])
+def test_raw_images(tmp_path, lowered, tiny, form):
+    raw = RawImages(tiny.mean, tiny.std)
+    images, normalised = fed_images(tiny.test, tiny, raw), fed_images(tiny.test, tiny, None)
+    torch.testing.assert_close(raw(images), normalised, rtol=1e-5, atol=1e-6)
+    done = export(lowered, form, tmp_path / "net.h", images[:1], raw=raw)
+    with torch.no_grad():
+        check(lowered(normalised), done.run(images))
+
+
+def test_metadata_and_names(tmp_path, lowered):
+    export(lowered, "onnx", tmp_path / "net.onnx", X[:1], info={"classes": ["a", "b"]})
+    graph = onnx.load(tmp_path / "net.onnx")
+    notes = {item.key: item.value for item in graph.metadata_props}
+    assert json.loads(notes["classes"]) == ["a", "b"]
+    assert notes["written by"].startswith("rmprune ")
+    assert [value.name for value in graph.graph.input] == ["image"]
+    assert [value.name for value in graph.graph.output] == ["logits"]
+    assert not any(node.op_type == "BatchNormalization" for node in graph.graph.node)
+
+
+def test_pt2_loads_without_rmprune(tmp_path, lowered):
+    export(lowered, "pt2", tmp_path / "net.pt2", X[:1])
+    script = (
+        "import sys, torch; sys.modules['rmprune'] = None;"
+        "net = torch.export.load(sys.argv[1]).module();"
+        "print(net(torch.ones(1, 3, 16, 16)).shape[1])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "net.pt2"],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert found.stdout.strip() == "10"
+
+
+@settings(max_examples=40)
+@given(residual_networks(), st.sampled_from(["plain", "selection", "convolution"]))
+def test_equalized_nets_are_equal(model, form):
+    x = torch.randn(3, 3, 13, 10).double()
+    slim = scramble(add_shortcut_bn(model)).double().eval()
+    plain = collapse(convert(slim, x, keep_bn=False))
+    net = lower(plain, x, lambda _, forms, __: form if form in forms else "convolution")
+    found = equalize(net, [x])
+    torch.testing.assert_close(found(x), net(x), rtol=1e-9, atol=1e-9)
+    y = x.flip(0) * 2
+    torch.testing.assert_close(found(y), net(y), rtol=1e-9, atol=1e-9)
+
+
+def test_equalized_channels_reach_one():
+    model = scramble(create_model("resnet20")).eval()
+    net = equalize(collapse(convert(model, X, keep_bn=False)), [X])
+    x, layers = X, list(net.named_children())
+    for (_, layer), (name, follower) in itertools.pairwise(layers):
+        x = layer(x)
+        if isinstance(follower, torch.nn.Conv2d):
+            reach = x.abs().amax((0, 2, 3))
+            assert reach.max() <= 1.001, name
+            # A copy has the factor of what it is a copy of; the rest are at 1, if ever on.
+            assert reach[reach > 0].median() > 0.2, name
+
+
+@pytest.mark.parametrize("carry", ["auto", "partial"])
+def test_other_activations_are_left_alone(carry):
+    model = scramble(create_model("mobilenetv2_rm")).double().eval()
+    net = convert(model, X.double(), keep_bn=False, carry=carry)
+    torch.testing.assert_close(
+        equalize(net, [X.double()])(X.double()), net(X.double()), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_int8_in_c_is_onnxruntimes(tmp_path, lowered):
+    net = deployable(equalize(lowered, [X]))
+    graph = quantize(to_onnx(net, X[:1]), [image[None] for image in X])
+    found, written = run_in_c(graph, X, tmp_path)
+    done = export(lowered, "onnx", tmp_path / "net.onnx", X[:1], calibration=list(X.split(1)))
+    expected = done.run(X)
+    step = (expected.abs().max() / 127).item()
+    assert (found - expected).abs().max() <= 3 * step
+    with torch.no_grad():
+        exact = lowered(X)
+    assert (expected - exact).abs().max() <= 0.25 * exact.abs().max()
+    assert "int8_arena" in written.source
+    size = (tmp_path / "net.onnx").stat().st_size
+    export(lowered, "onnx", tmp_path / "net.onnx", X[:1])
+    assert size < 0.6 * (tmp_path / "net.onnx").stat().st_size
+
+
+def test_unequal_channels_lose_int8_and_equalising_saves_it():
+    """Channels whose ranges differ by a thousand share one scale."""
+    model = scramble(create_model("resnet20")).eval()
+    net = collapse(convert(model, X, keep_bn=False))
+    with torch.no_grad():
+        layers = dict(net.named_children())
+        for name in ("layer1_0_conv1", "layer2_1_conv1"):
+            conv = layers[name]
+            factor = torch.logspace(-1.5, 1.5, conv.out_channels)
+            conv.weight.mul_(factor[:, None, None, None])
+            conv.bias.mul_(factor)
+            reader = layers[name.replace("conv1", "conv2")]
+            reader.weight.div_(factor[None, :, None, None])
+    with torch.no_grad():
+        expected = net(X)
+
+    def error(candidate):
+        from onnxruntime import InferenceSession
+
+        graph = quantize(to_onnx(deployable(candidate), X[:1]), [image[None] for image in X])
+        session = InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+        found = torch.cat(
+            [torch.from_numpy(session.run(None, {"image": i[None].numpy()})[0]) for i in X]
+        )
+        return (found - expected).abs().mean().item()
+
+    assert error(equalize(net, [X])) < 0.5 * error(net)
+
+
+def test_what_cannot_be_exported(tmp_path, lowered):
+    with pytest.raises(ExportError, match="one image at a time"):
+        export(lowered, "c", tmp_path / "net.h", X[:2])
+    with pytest.raises(ExportError, match="pt2 is exported in float32"):
+        export(lowered, "pt2", tmp_path / "net.pt2", X[:1], calibration=[X[:1]])
+    with pytest.raises(UsageError, match="there are none"):
+        export(lowered, "onnx", tmp_path / "net.onnx", X[:1], calibration=[])
+    with pytest.raises(
+        UsageError, match=r"are \(1, 3, 8, 8\), but the network takes \(1, 3, 16, 16\)"
+    ):
+        export(lowered, "onnx", tmp_path / "net.onnx", X[:1], calibration=[X[:1, :, :8, :8]])
+    with pytest.raises(ExportError, match=r"differs from torch by 5\.0e-01"):
+        check(torch.tensor([[2.0]]), torch.tensor([[1.0]]))
