@@ -25,6 +25,7 @@ from rmprune.export import FORMATS, Format, RawImages, check, deployable, fed_im
 from rmprune.export import export as write_export
 from rmprune.graph import trace
 from rmprune.measure import evaluate
+from rmprune.memory import activation_memory
 from rmprune.models import create_model, model_names
 from rmprune.page import page
 from rmprune.plain import PlainNet
@@ -854,7 +855,12 @@ def _say_agreement(
 @main.command()
 @click.argument("file", type=EXISTING)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def inspect(file: Path, as_json: bool) -> None:
+@click.option(
+    "--memory",
+    is_flag=True,
+    help="Show the activations that live while each layer runs on one image.",
+)
+def inspect(file: Path, as_json: bool, memory: bool) -> None:
     """Show what became of every layer of a plain net, or of a run's checkpoint once plain.
 
     Channels before and after removal, parameters and MACs. Reserved channels, counted among
@@ -863,12 +869,25 @@ def inspect(file: Path, as_json: bool) -> None:
     """
     file = _net_of(file)
     net = runs.deploy(runs.Checkpoint.load(file)) if file.suffix == ".pt" else load(file)
-    table = reports.layer_table(net)
+    table = _memory(net, file) if memory else reports.layer_table(net)
     if as_json:
         click.echo(json.dumps({"info": net.info, "layers": table.to_dict("records")}))
         return
     click.echo(reports.as_text(table))
+    if memory:
+        most = table.iloc[int(table["live_bytes"].to_numpy().argmax())]
+        click.echo(
+            f"peak {most['live_bytes']:,} bytes in float32, at {most['layer']}; "
+            f"a static arena takes {table.attrs['arena_bytes']:,}, in int8 a quarter"
+        )
+        return
     _say_size(net, file)
+
+
+def _memory(net: PlainNet, file: Path) -> pd.DataFrame:
+    if net.input_shape is None:
+        raise UsageError(f"{file} does not say how large its images are; convert it again")
+    return activation_memory(net, torch.zeros(1, *net.input_shape))
 
 
 def _net_of(path: Path) -> Path:

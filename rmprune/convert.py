@@ -466,8 +466,8 @@ class _Compiler:
         acts[channels] = True
         slopes_each = isinstance(activation, nn.PReLU) and activation.num_parameters > 1
         mode = "prelu" if slopes_each or way is None else way.mode
-        self._emit(step.name, carrying_activation(activation, acts, mode, self.state))
         activated = self.interval.select(channels).activated(activation)
+        self._emit(step.name, carrying_activation(activation, acts, mode, self.state))
         self.interval = self.interval.replaced(channels, activated)
         self._finish(step, Value.of_state(channels, self.state, self.written))
 

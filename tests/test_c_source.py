@@ -13,7 +13,7 @@ from torch import nn
 
 from rmprune.c_source import c_source
 from rmprune.convert import convert
-from rmprune.errors import ConversionError, ExportError
+from rmprune.errors import ExportError
 from rmprune.export import deployable
 from rmprune.lowering import lower
 from rmprune.models import create_model
@@ -93,11 +93,8 @@ def test_random_networks(tmp_path_factory, model):
 @given(networks_of_all_pieces())
 def test_networks_of_all_pieces(tmp_path_factory, model):
     """Gates, shifted and partial activations, groups, pooling, any activation."""
-    x = torch.randn(2, 3, 13, 10)
-    try:
-        plain = convert(model.float().eval(), x, keep_bn=False)
-    except ConversionError:
-        return
+    x = torch.randn(2, 3, 16, 32)
+    plain = convert(model.float().eval(), x, keep_bn=False)
     check_in_c(plain, x, tmp_path_factory.mktemp("c"))
 
 
@@ -136,12 +133,9 @@ def test_the_arena_is_what_was_planned(tmp_path):
 
 
 def test_what_there_is_no_c_for_is_named():
-    graph = onnx_graph.to_onnx(
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.LocalResponseNorm(2)).eval(), torch.zeros(1, 3, 8, 8)
-    )
-    with pytest.raises(
-        ExportError, match=r"no C for the operation \w+ of .*; export to onnx or pt2"
-    ):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softmax(1)).eval()
+    graph = onnx_graph.to_onnx(model, torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ExportError, match="no C for the operation Softmax"):
         c_source(graph)
     with pytest.raises(ExportError, match="fixed batch of one image"):
         c_source(onnx_graph.to_onnx(nn.Conv2d(3, 4, 3), torch.zeros(2, 3, 8, 8)))

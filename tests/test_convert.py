@@ -438,3 +438,13 @@ def test_what_in_place_activations_do_to_the_shortcut():
     model = block(nn.ReLU(inplace=True), conv())
     model[1] = nn.Identity()
     assert_same(convert(model.double().eval(), X), model)
+
+
+def test_a_float32_network_with_prelus_between_blocks():
+    """What is written is float32 again, what is computed with meanwhile float64."""
+    block = create_model("resnet20").layer1[0]
+    model = scramble(nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.PReLU(), block)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    plain = convert(model, x)
+    assert all(parameter.dtype == torch.float32 for parameter in plain.parameters())
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-4, atol=1e-4)
