@@ -516,7 +516,7 @@ def _masked_within(
             config,
             data,
         )
-    return _largest_within_budget(target, masked, thresholds)
+    return _largest_within_budget(target, masked, thresholds, config)
 
 
 class _Masked(Protocol):
@@ -524,7 +524,9 @@ class _Masked(Protocol):
         """The model with the channels under a threshold switched off."""
 
 
-def _largest_within_budget(target: Target, masked: _Masked, thresholds: list[float]) -> Checkpoint:
+def _largest_within_budget(
+    target: Target, masked: _Masked, thresholds: list[float], config: SlimConfig
+) -> Checkpoint:
     """Search for the threshold; then name the fastest forms, whose cost is another, and again."""
 
     def ratio(checkpoint: Checkpoint) -> float:
@@ -541,15 +543,15 @@ def _largest_within_budget(target: Target, masked: _Masked, thresholds: list[flo
             )
 
         found, above = search_with(())
-        if above is None or above.masks is None:
-            return found
+        if above is None or above.masks is None or config.importance == "loss":
+            return found  # of steps found by the loss, none can be had without those before it
         # A whole block goes with one channel more: let it live, and take others instead.
         alive = {name for name, mask in above.masks.keep.items() if mask.any()}
         other, _ = search_with(alive)
         return max(found, other, key=ratio)
 
     checkpoint = within(None)
-    if checkpoint.config.lowering == "plain":
+    if config.lowering == "plain":
         return checkpoint
     checkpoint = within(deploy(checkpoint).info["lowering"])
     return replace(checkpoint, forms=deploy(checkpoint, likeliest).info["lowering"])
