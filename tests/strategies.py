@@ -9,6 +9,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rmprune.runs import SlimConfig
+
+SHORT = SlimConfig(  # of a run that takes seconds and is the same on every machine
+    epochs=1,
+    finetune_epochs=1,
+    batch_size=32,
+    lr=0.02,
+    precision="float32",
+    device="cpu",
+    lowering="auto",
+)
+
 
 class OptionA(nn.Module):
     """Subsample and pad with zero channels."""

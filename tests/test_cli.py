@@ -1,8 +1,10 @@
 """What a user types and sees: every command, every error in one line with its status."""
 
 import dataclasses
+import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -142,6 +144,35 @@ def test_inspect(run):
     assert value["info"]["model"] == "resnet20"
     assert "layer1_0_conv1" in {row["layer"] for row in value["layers"]}
     assert "layer1_0_conv1" in succeed("inspect", out / "finetuned.pt")
+    memory = succeed("inspect", "--memory", out)
+    assert re.search(r"peak [\d,]+ bytes in float32, at \w+; a static arena takes [\d,]+", memory)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("onnxscript"), reason="no extra onnx")
+def test_export(run, tmp_path):
+    """Every format, from a run's folder, whose data need not be named."""
+    out, _ = run
+    few = ["--images", 8, "--calibration-images", 8]
+    same = r"largest difference from torch on (\d+) test images: \d\.\de[+-]\d\d .*the same class on \1"
+    for form in ("onnx", "pt2"):
+        file = tmp_path / f"net.{form}"
+        for batch in (1, 0):
+            text = succeed("export", out, "--format", form, "--batch-size", batch, *few,
+                           "--out", file)  # fmt: skip
+            assert re.search(same, text)
+        assert f"saved {file}" in text
+    text = succeed("export", out, *few, "--quantize", "int8", "--embed-preprocessing",
+                   "--out", tmp_path / "int8.onnx")  # fmt: skip
+    assert re.search(r"accuracy on \d+ test images: \d.* % in int8, .* % in float32", text)
+    if shutil.which("gcc"):
+        text = succeed("export", out, "--format", "c", *few, "--out", tmp_path / "net.h")
+        assert re.search(same, text)
+        assert re.search(r"constants [\d,]+ bytes, arena [\d,]+ bytes", text)
+        assert (tmp_path / "net.c").exists()
+    fail(1, "one image at a time", "export", out, "--format", "c", "--batch-size", 4)
+    fail(1, "float32; export int8 to onnx", "export", out, "--format", "pt2", "--quantize", "int8")
+    fail(2, "trained for the classes", "export", out, "--data", "digits")
+    fail(1, "it is not a safetensors file", "export", tmp_path / "int8.onnx")
 
 
 def test_convert(weights, tmp_path):
@@ -308,7 +339,7 @@ def commands():
 
 def test_the_commands_are_these():
     assert commands() == [
-        *("convert", "eval", "finetune", "inspect", "plot"),
+        *("convert", "eval", "export", "finetune", "inspect", "plot"),
         *("prune", "report", "slim", "sweep", "train"),
     ]
 

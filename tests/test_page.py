@@ -1,5 +1,6 @@
 """The page of a run and of a sweep: complete, self-contained, and drawn by a browser."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 
 import pytest
 import torch
+from strategies import SHORT
 
 from rmprune import page as pages
 from rmprune import runs, sweep
@@ -14,16 +16,7 @@ from rmprune.backends import Platform
 from rmprune.errors import UsageError
 from rmprune.runs import SlimConfig, Task
 
-CONFIG = SlimConfig(
-    epochs=1,
-    finetune_epochs=1,
-    batch_size=32,
-    lr=0.02,
-    precision="float32",
-    device="cpu",
-    threshold=0.3,
-    lowering="auto",
-)
+CONFIG = dataclasses.replace(SHORT, threshold=0.3)
 pytestmark = pytest.mark.filterwarnings("ignore::rmprune.measure.WideSpreadWarning")
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 

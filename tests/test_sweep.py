@@ -5,6 +5,7 @@ import dataclasses
 import pandas as pd
 import pytest
 import torch
+from strategies import SHORT
 
 from rmprune import sweep as sweeps
 from rmprune.backends import Platform
@@ -12,19 +13,10 @@ from rmprune.errors import TrainingError, UsageError
 from rmprune.measure import count_params, evaluate
 from rmprune.models import create_model
 from rmprune.plots import draw_sweep, pareto_front
-from rmprune.runs import SlimConfig, Task
+from rmprune.runs import Task
 from rmprune.store import read_json
 from rmprune.sweep import METHODS, Sweep
 
-CONFIG = SlimConfig(
-    epochs=1,
-    finetune_epochs=1,
-    batch_size=32,
-    lr=0.02,
-    precision="float32",
-    device="cpu",
-    lowering="auto",
-)
 pytestmark = pytest.mark.filterwarnings("ignore::rmprune.measure.WideSpreadWarning")
 
 
@@ -38,7 +30,7 @@ def weights(tmp_path_factory):
 
 def plan(weights, **changes):
     settings = {
-        "base": CONFIG,
+        "base": SHORT,
         "models": (("resnet20", weights),),
         "methods": METHODS,
         "sparsities": (1e-2,),
@@ -87,7 +79,7 @@ def test_a_finished_sweep_does_nothing(swept, tiny, weights):
 
 
 def test_more_values_join_the_same_sweep(tiny, weights, tmp_path):
-    config = dataclasses.replace(CONFIG, epochs=0, finetune_epochs=0)
+    config = dataclasses.replace(SHORT, epochs=0, finetune_epochs=0)
     for level in ("threshold=0.5", "threshold=0.1", "threshold=0.5"):
         sweep = plan(weights, base=config, methods=("slimming",), levels=(level,))
         table = sweeps.run(tmp_path, sweep, tiny, say=lambda _: None)
@@ -129,7 +121,7 @@ def test_a_failed_point_does_not_stop_the_others(tiny, weights, tmp_path, monkey
         return original(method, place, trained, config, level, *rest)
 
     monkeypatch.setattr(sweeps, "_point", failing)
-    config = dataclasses.replace(CONFIG, epochs=0, finetune_epochs=0)
+    config = dataclasses.replace(SHORT, epochs=0, finetune_epochs=0)
     sweep = plan(weights, base=config, methods=("rm",))
     said = []
     table = sweeps.run(tmp_path, sweep, tiny, say=said.append)
@@ -141,7 +133,7 @@ def test_a_failed_point_does_not_stop_the_others(tiny, weights, tmp_path, monkey
 
 
 def test_a_stopped_sweep_goes_on(tiny, weights, tmp_path, monkeypatch):
-    config = dataclasses.replace(CONFIG, epochs=0, finetune_epochs=0)
+    config = dataclasses.replace(SHORT, epochs=0, finetune_epochs=0)
     sweep = plan(weights, base=config, methods=("rm", "slimming"), levels=("threshold=0.5",))
 
     def stopped(*_):
@@ -168,7 +160,7 @@ def test_a_stopped_sweep_goes_on(tiny, weights, tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"methods": ("magic",)}, "unknown method 'magic'; known: rm, slimming, torch-pruning"),
-        ({"base": dataclasses.replace(CONFIG, prune_steps=2, target="macs=0.5")}, "once"),
+        ({"base": dataclasses.replace(SHORT, prune_steps=2, target="macs=0.5")}, "once"),
         ({"levels": ()}, "--threshold or --target"),
         ({"levels": ("speed=2",)}, "unknown target 'speed'"),
     ],
