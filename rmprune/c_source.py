@@ -1,8 +1,6 @@
-"""ONNX graphs as C99: one file without dependencies, one static arena, no malloc.
+"""Networks as C99: one file without dependencies, static memory, no malloc.
 
-Meant for what rmprune exports: convolutions, and what stands between them, for one image.
-Tensors are float32, or int8 where the graph has QuantizeLinear and DequantizeLinear around
-them; sums of int8 are 32 bits wide.
+Sums of int8 are 32 bits wide.
 """
 
 from __future__ import annotations
@@ -10,17 +8,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rmprune.arena import Life, Plan, plan
+from rmprune.arena import Life, Plan
+from rmprune.c_graph import Array, Graph, Node, Tensor, read_graph
 from rmprune.errors import ExportError
-from rmprune.onnx_graph import extra
 
-Array = np.ndarray[Any, np.dtype[Any]]
 INFINITY = "INFINITY"
 
 # One value from others; {0}, {1}, … are the inputs, other names the attributes.
@@ -55,73 +52,7 @@ BROADCAST = {
     "Where": "({0} != 0 ? {1} : {2})",
 }
 DEFAULTS = {"LeakyRelu": {"alpha": 0.01}, "HardSigmoid": {"alpha": 0.2, "beta": 0.5}}
-VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout")
 C_TYPES = {"float32": "float", "int8": "int8_t", "uint8": "uint8_t", "int32": "int32_t"}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor of the graph.
-
-    Attributes:
-        name: Also in C.
-        shape: With the batch, which is 1; of constants, any.
-        dtype: ``float32``, ``int8``, ``uint8`` or ``int32``.
-        scale: ``real = scale · (stored − zero)`` if it is int8: one number, or one a channel.
-        zero: See scale.
-        value: Of a constant.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str = "float32"
-    scale: Array | None = None
-    zero: int = 0
-    value: Array | None = None
-
-    @property
-    def size(self) -> int:
-        """Elements."""
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        """Of all elements."""
-        return self.size * np.dtype(self.dtype).itemsize
-
-    def load(self, index: str) -> str:
-        """C for the real value of an element."""
-        element = f"{self.name}[{index}]"
-        if self.scale is None:
-            return element
-        return f"({_float(self.scale.item())} * (float)({element} - {self.zero}))"
-
-    def store(self, index: str, value: str) -> str:
-        """C that gives an element a real value."""
-        if self.scale is None:
-            return f"{self.name}[{index}] = {value};"
-        scaled = f"({value}) / {_float(self.scale.item())}"
-        return f"{self.name}[{index}] = to_i8({scaled}, {self.zero});"
-
-
-class Node(NamedTuple):
-    """An operation.
-
-    Attributes:
-        name: In the graph.
-        op: Its ONNX type.
-        inputs: That are there.
-        outputs: All.
-        attributes: By name.
-        limits: Between which its results are clamped, in real values.
-    """
-
-    name: str
-    op: str
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-    attributes: dict[str, Any]
-    limits: tuple[float, float] = (-math.inf, math.inf)
 
 
 class CSource(NamedTuple):
@@ -156,129 +87,23 @@ def c_source(model: Any, name: str = "net", about: Sequence[str] = ()) -> CSourc
     """
     if not re.fullmatch(r"[A-Za-z_]\w*", name):
         raise ExportError(f"{name!r} is no name in C; give letters, digits and underscores")
-    graph = _read(model)
-    nodes = _with_limits_in(graph.nodes, graph.output)
-    return _Writer(name, graph.input, graph.output, nodes, about).write()
+    return _Writer(name, read_graph(model), about).write()
 
 
-@dataclass
-class _Graph:
-    """A graph while it is read.
-
-    Attributes:
-        input: What the caller gives.
-        output: What the caller gets.
-        nodes: In the order in which they run.
-        tensors: By name in the graph.
-    """
-
-    input: Tensor
-    output: Tensor
-    nodes: list[Node] = field(default_factory=list)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+def _load(tensor: Tensor, index: str) -> str:
+    """C for the real value of an element."""
+    element = f"{tensor.name}[{index}]"
+    if tensor.scale is None:
+        return element
+    return f"({_float(tensor.scale.item())} * (float)({element} - {tensor.zero}))"
 
 
-def _read(model: Any) -> _Graph:
-    onnx = extra("onnx", "C source")
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    shapes = {
-        value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
-        for value in [*graph.value_info, *graph.input, *graph.output]
-    }
-    dtypes = {
-        value.name: onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name
-        for value in [*graph.value_info, *graph.input, *graph.output]
-        if value.type.tensor_type.elem_type
-    }
-    if len(graph.input) != 1 or len(graph.output) != 1:
-        raise ExportError("C source is for networks with one input and one output")
-    constants = {
-        item.name: np.asarray(onnx.numpy_helper.to_array(item)) for item in graph.initializer
-    }
-
-    def activation(name: str) -> Tensor:
-        shape = shapes.get(name, ())
-        if not shape or shape[0] != 1 or 0 in shape:
-            raise ExportError(
-                f"{name!r} has the shape {shape}; export for a fixed batch of one image"
-            )
-        return Tensor(_c_name(name), shape, dtypes.get(name, "float32"))
-
-    first, last = graph.input[0].name, graph.output[0].name
-    found = _Graph(replace(activation(first), name="input"), activation(last))
-    found.tensors = {name: _constant(name, value) for name, value in constants.items()}
-    found.tensors[first] = found.input
-    for node in graph.node:
-        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        if node.op_type == "Constant":
-            value = np.asarray(onnx.numpy_helper.to_array(attributes["value"]))
-            found.tensors[node.output[0]] = _constant(node.output[0], value)
-            continue
-        inputs = [found.tensors[name] for name in node.input if name]
-        outputs = (
-            [activation(name) for name in node.output if name]
-            if not _is_constant(node.op_type, inputs)
-            else []
-        )
-        _enter(found, node, inputs, outputs, attributes)
-    result = found.tensors[last]
-    if result.scale is not None:
-        found.nodes.append(Node(last, "DequantizeLinear", [result], [found.output], {}))
-    else:
-        found.output = result
-    return found
-
-
-def _is_constant(op: str, inputs: Sequence[Tensor]) -> bool:
-    return op == "DequantizeLinear" and inputs[0].value is not None
-
-
-def _enter(
-    found: _Graph,
-    node: Any,
-    inputs: list[Tensor],
-    outputs: list[Tensor],
-    attributes: dict[str, Any],
-) -> None:
-    """Add a node to a graph, or what stands for its output if there is nothing to do."""
-    match node.op_type:
-        case "DequantizeLinear" if inputs[0].value is not None:
-            scale, zero = inputs[1].value, inputs[2].value if len(inputs) > 2 else None
-            assert scale is not None
-            weight = replace(inputs[0], scale=scale)
-            if zero is not None and zero.any():  # no weight: those are symmetric
-                real = scale * (inputs[0].value.astype(np.float32) - zero)
-                weight = replace(inputs[0], dtype="float32", value=real.astype(np.float32))
-            found.tensors[node.output[0]] = weight
-        case "DequantizeLinear" if inputs[0].scale is not None:
-            found.tensors[node.output[0]] = inputs[0]
-        case "QuantizeLinear":
-            zero = inputs[2].value if len(inputs) > 2 else np.zeros((), np.uint8)
-            assert zero is not None
-            if zero.dtype != np.int8 or zero.size != 1:
-                raise ExportError(f"{node.name}: activations must be int8, one scale a tensor")
-            stored = replace(outputs[0], dtype="int8", scale=inputs[1].value, zero=int(zero.item()))
-            last = found.nodes[-1] if found.nodes else None
-            if last is not None and last.outputs == inputs[:1]:
-                found.nodes[-1] = last._replace(outputs=[stored])  # written as int8 at once
-            else:
-                found.nodes.append(Node(node.name, node.op_type, inputs[:1], [stored], {}))
-            found.tensors[node.output[0]] = stored
-        case op if op in VIEWS:
-            found.tensors[node.output[0]] = replace(inputs[0], shape=outputs[0].shape)
-        case _:
-            found.nodes.append(Node(node.name, node.op_type, inputs, outputs, attributes))
-            found.tensors |= dict(zip(node.output, outputs, strict=True))
-
-
-def _constant(name: str, value: Array) -> Tensor:
-    if value.dtype == np.bool_:
-        value = value.astype(np.uint8)
-    return Tensor(_c_name(name), value.shape, value.dtype.name, value=value)
-
-
-def _c_name(name: str) -> str:
-    return "t_" + re.sub(r"\W", "_", name)
+def _store(tensor: Tensor, index: str, value: str) -> str:
+    """C that gives an element a real value."""
+    if tensor.scale is None:
+        return f"{tensor.name}[{index}] = {value};"
+    scaled = f"({value}) / {_float(tensor.scale.item())}"
+    return f"{tensor.name}[{index}] = to_i8({scaled}, {tensor.zero});"
 
 
 def _float(value: float) -> str:
@@ -289,47 +114,12 @@ def _float(value: float) -> str:
     return f"{text}f" if re.search(r"[.e]", text) else f"{text}.0f"
 
 
-def _with_limits_in(nodes: list[Node], output: Tensor) -> list[Node]:
-    """Convolutions that clamp their results themselves, where a ReLU or clip comes next."""
-    readers: dict[str, int] = {output.name: 1}
-    for node in nodes:
-        for tensor in node.inputs:
-            readers[tensor.name] = readers.get(tensor.name, 0) + 1
-    result: list[Node] = []
-    for node in nodes:
-        before = result[-1] if result else None
-        limits = _limits(node)
-        if (
-            before is not None
-            and limits is not None
-            and before.op in ("Conv", "Gemm")
-            and before.outputs[0].name == node.inputs[0].name
-            and before.outputs[0].scale is None
-            and readers[node.inputs[0].name] == 1
-        ):
-            result[-1] = before._replace(outputs=node.outputs, limits=limits)
-        else:
-            result.append(node)
-    return result
-
-
-def _limits(node: Node) -> tuple[float, float] | None:
-    if node.op == "Relu":
-        return 0.0, math.inf
-    if node.op == "Clip" and all(t.value is not None for t in node.inputs[1:]):
-        low, high = (float(t.value.item()) for t in node.inputs[1:] if t.value is not None)
-        return low, high
-    return None
-
-
 class _Writer:
     """Writes the two files."""
 
-    def __init__(
-        self, name: str, source: Tensor, result: Tensor, nodes: list[Node], about: Sequence[str]
-    ) -> None:
-        self.name, self.input, self.output = name, source, result
-        self.nodes, self.about = nodes, about
+    def __init__(self, name: str, graph: Graph, about: Sequence[str]) -> None:
+        self.name, self.graph, self.about = name, graph, about
+        self.input, self.output = graph.input, graph.output
         self.kernels: set[str] = set()
         self.constants: dict[str, str] = {}
         self.weight_bytes = 0
@@ -337,8 +127,8 @@ class _Writer:
 
     def write(self) -> CSource:
         """All steps, then what they turned out to need."""
-        steps = [self._step(index, node) for index, node in enumerate(self.nodes)]
-        plans = self._plans()
+        steps = [self._step(index, node) for index, node in enumerate(self.graph.nodes)]
+        plans = self.graph.arenas(self.scratch)
         total = sum(placed.bytes for placed in plans.values())
         return CSource(
             self._header(total),
@@ -347,30 +137,6 @@ class _Writer:
             self.weight_bytes,
             self.output.size,
         )
-
-    # Where tensors lie.
-
-    def _buffers(self) -> list[Tensor]:
-        """What the arena holds: each tensor that is computed, once, but for the output."""
-        found = {
-            tensor.name: tensor
-            for node in self.nodes
-            for tensor in node.outputs
-            if tensor.name != self.output.name
-        }
-        return list(found.values())
-
-    def _plans(self) -> dict[str, Plan]:
-        """An arena for each type, since C forbids one object to be of two."""
-        begin = {t.name: i for i, node in enumerate(self.nodes) for t in node.outputs}
-        end = {t.name: i for i, node in enumerate(self.nodes) for t in node.inputs}
-        lives: dict[str, dict[str, Life]] = {}
-        for t in self._buffers():
-            life = Life(t.bytes, begin[t.name], end.get(t.name, begin[t.name]))
-            lives.setdefault(t.dtype, {})[t.name] = life
-        if self.scratch:
-            lives.setdefault("int32", {}).update(self.scratch)
-        return {dtype: plan(of_type) for dtype, of_type in lives.items()}
 
     # What is computed.
 
@@ -427,12 +193,12 @@ class _Writer:
                 continue
             if tensor.value is not None:
                 self._declare(tensor.name, tensor.value)
-            loads.append(tensor.load(_index(_strides(tensor.shape, output.shape))))
+            loads.append(_load(tensor, _index(_strides(tensor.shape, output.shape))))
         if node.op == "Clip" and len(loads) < 3:
             raise ExportError(f"{node.name}: a clip needs both limits")
         self._note(output)
         value = expression.format(*loads, **names)
-        return _loops(output.shape, output.store(_index(_strides(output.shape)), value), rank)
+        return _loops(output.shape, _store(output, _index(_strides(output.shape)), value), rank)
 
     def _note(self, output: Tensor) -> None:
         if output.scale is not None:
@@ -519,7 +285,7 @@ class _Writer:
         """Every element of an output from some place of one tensor."""
         self._note(output)
         here = _index(_strides(output.shape))
-        return _loops(output.shape, output.store(here, source.load(index)), len(output.shape))
+        return _loops(output.shape, _store(output, here, _load(source, index)), len(output.shape))
 
     def _concat(self, node: Node, _: int) -> list[str]:
         output, axis = node.outputs[0], node.attributes["axis"]
@@ -528,8 +294,8 @@ class _Writer:
         lines, begin = [], 0
         for tensor in node.inputs:
             here = f"{begin * strides[axis]} + {_index(strides)}"
-            value = tensor.load(_index(_strides(tensor.shape)))
-            lines += _loops(tensor.shape, output.store(here, value), len(tensor.shape))
+            value = _load(tensor, _index(_strides(tensor.shape)))
+            lines += _loops(tensor.shape, _store(output, here, value), len(tensor.shape))
             begin += tensor.shape[axis]
         return lines
 
@@ -584,10 +350,10 @@ class _Writer:
         strides = _strides(output.shape)
         begin = sum(p * s for p, s in zip(pads[: len(strides)], strides, strict=True))
         here = f"{begin} + {_index(strides)}"
-        value = source.load(_index(_strides(source.shape)))
+        value = _load(source, _index(_strides(source.shape)))
         return [
-            *_loops(output.shape, output.store(_index(strides), _float(filled)), len(strides)),
-            *_loops(source.shape, output.store(here, value), len(strides)),
+            *_loops(output.shape, _store(output, _index(strides), _float(filled)), len(strides)),
+            *_loops(source.shape, _store(output, here, value), len(strides)),
         ]
 
     def _transpose(self, node: Node, _: int) -> list[str]:
@@ -606,13 +372,13 @@ class _Writer:
         _, channels, height, width = source.shape
         area = height * width
         self._note(output)
-        value = source.load(f"c * {area} + i")
+        value = _load(source, f"c * {area} + i")
         return [
             f"    for (int c = 0; c < {channels}; ++c) {{",
             "        float sum = 0.0f;",
             f"        for (int i = 0; i < {area}; ++i)",
             f"            sum += {value};",
-            f"        {output.store('c', f'sum / {_float(area)}')}",
+            f"        {_store(output, 'c', f'sum / {_float(area)}')}",
             "    }",
         ]
 
@@ -632,9 +398,9 @@ class _Writer:
         counted = "count" if not attributes.get("count_include_pad", 0) else f"{rows * columns}"
         here = f"(c * {height} + v) * {width} + h"
         add = (
-            f"value = fmaxf(value, {source.load(here)});"
+            f"value = fmaxf(value, {_load(source, here)});"
             if largest
-            else (f"value += {source.load(here)};")
+            else (f"value += {_load(source, here)};")
         )
         self._note(output)
         result = "value" if largest else f"value / (float){counted}"
@@ -654,7 +420,7 @@ class _Writer:
             *(["                        ++count;"] if counted == "count" and not largest else []),
             f"                        {add}",
             "                    }",
-            f"                {output.store(there, result)}",
+            f"                {_store(output, there, result)}",
             "            }",
         ]
 

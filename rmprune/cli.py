@@ -18,11 +18,12 @@ import torch
 
 from rmprune import __version__, backends, reports, runs
 from rmprune import sweep as sweeps
+from rmprune.bench import MEASURED, open_network
+from rmprune.bench import bench as measure_networks
 from rmprune.convert import convert as convert_model
-from rmprune.data import Dataset, Split, load_data
+from rmprune.data import Dataset, load_data
 from rmprune.errors import RmpruneError, UsageError
-from rmprune.export import FORMATS, Format, RawImages, check, deployable, fed_images
-from rmprune.export import export as write_export
+from rmprune.export import FORMATS, Agreement, Format, deliver
 from rmprune.graph import trace
 from rmprune.measure import evaluate
 from rmprune.memory import activation_memory
@@ -31,7 +32,7 @@ from rmprune.page import page
 from rmprune.plain import PlainNet
 from rmprune.plots import draw_sweep, plot_conversion
 from rmprune.steps import read
-from rmprune.store import load, save, write_text
+from rmprune.store import load, save, write_csv, write_text
 from rmprune.sweep import METHODS, Method
 from rmprune.targets import TOLERANCE, Target
 from rmprune.training import total_step_size
@@ -187,7 +188,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "faster on the backend.",
     },
     "backend": {
-        "type": click.Choice(["torch", "onnxruntime"]),
+        "type": click.Choice(backends.BACKENDS),
         "default": DEFAULTS.backend,
         "help": "What the net shall run on, for all that is measured.",
     },
@@ -289,6 +290,7 @@ def main(debug: bool) -> None:
                            rmprune finetune runs/a/threshold-0.005
     See what came out:     rmprune inspect  runs/a/threshold-0.005/net.safetensors
     To the device:         rmprune export   runs/a/threshold-0.005 --format c --quantize int8
+    Beside other nets:     rmprune bench    runs/a/threshold-0.005 torchvision:mobilenet_v2
     """
     del debug  # taken from the command line by _Commands.main
 
@@ -599,6 +601,7 @@ def sweep(
     places = [
         backends.Platform(backend, config.threads, batch)
         for backend in backends.installed()
+        if backend in (*sweeps.TIMED_ON, config.backend)
         for batch in (1, 64)
     ]
     sweeps.time_all(out, places, runs.Task.of(data), click.echo)
@@ -610,7 +613,7 @@ def sweep(
 @click.argument("folders", metavar="SWEEP...", type=EXISTING_FOLDER, nargs=-1, required=True)
 @click.option(
     "--backend",
-    type=click.Choice(["torch", "onnxruntime"]),
+    type=click.Choice(backends.BACKENDS),
     default="onnxruntime",
     show_default=True,
     help="Whose latencies.",
@@ -788,68 +791,134 @@ def export(
 
     NET is a plain net, a checkpoint of a run or a run's folder (its net.safetensors); --data
     need not be given if it is the data that NET was trained for. BNs are folded. In float32
-    every output must be torch's to 1e-4 of the outputs' magnitude; of int8, accuracies are
-    shown instead.
+    every output must be torch's to 1e-4 of the outputs' magnitude; of int8, accuracies and
+    times are shown instead.
     """
     given = _given(settings)
     network, task, config = _open(_net_of(net))
     if task is None and "data" not in given:
         raise UsageError(f"{net} does not say what it was trained for; name it by --data")
     data = _load(dataclasses.replace(config, **given), task)
-    raw = RawImages(data.mean, data.std) if embed_preprocessing else None
-    size = batch_size or 2
-    kept = max(images // size, 1) * size
-    test = Split(data.test.images[:kept], data.test.labels[:kept])
-    fed = fed_images(test, data, raw)
-    if len(fed) < size:
-        raise UsageError(f"{len(fed)} test images are no batch of {size}")
-    training = data.train.at(
-        runs.calibration_order(data)[: max(calibration_images // size, 1) * size]
-    )
-    calibration = fed_images(training, data, raw).split(size) if quantize else None  # type: ignore[no-untyped-call]
     path = out or _net_of(net).with_suffix({"onnx": ".onnx", "pt2": ".pt2", "c": ".h"}[form])
-    done = write_export(
+    done = deliver(
         network,
         form,
         path,
-        fed[:size].clone(),  # or all images would be saved in it
-        raw=raw,
-        calibration=calibration,
-        dynamic_batch=not batch_size,
-        info={"classes": data.classes, "mean": data.mean, "std": data.std, "data": data.name},
+        data,
+        int8=quantize is not None,
+        embed_preprocessing=embed_preprocessing,
+        batch_size=batch_size,
+        images=images,
+        calibration=calibration_images,
     )
     for file in done.paths:
         click.echo(f"saved {file}: {file.stat().st_size:,} bytes")
     if done.c is not None:
         click.echo(f"constants {done.c.weight_bytes:,} bytes, arena {done.c.arena_bytes:,} bytes")
-    if done.run is None:
+    if done.agreement is None:
         click.echo("not compared with torch: there is no C compiler here")
-        return
-    with torch.no_grad():
-        expected = torch.cat([deployable(network, raw)(piece) for piece in fed.split(256)])  # type: ignore[no-untyped-call]
-    _say_agreement(expected, done.run(fed), test, quantize is not None)
-
-
-def _say_agreement(
-    expected: torch.Tensor, found: torch.Tensor, test: Split, quantized: bool
-) -> None:
-    count = len(test.labels)
-    same = (expected.argmax(1) == found.argmax(1)).sum().item()
-    if quantized:
-        before, after = (
-            100 * (outputs.argmax(1) == test.labels).float().mean().item()
-            for outputs in (expected, found)
-        )
+    else:
+        _say_agreement(done.agreement, quantize is not None)
+    if done.timings is not None:
         click.echo(
-            f"accuracy on {count} test images: {after:.2f} % in int8, {before:.2f} % in float32; "
-            f"the same class on {same}"
+            reports.as_text(done.timings[["net", "latency_ms", "latency_iqr_ms", "speedup"]])
+        )
+
+
+def _say_agreement(agreement: Agreement, quantized: bool) -> None:
+    found = f"{agreement.images} test images"
+    if quantized:
+        click.echo(
+            f"accuracy on {found}: {100 * agreement.accuracy:.2f} % in int8, "
+            f"{100 * agreement.torch_accuracy:.2f} % in float32; the same class on {agreement.same_class}"
         )
         return
-    difference = check(expected, found)
     click.echo(
-        f"largest difference from torch on {count} test images: {difference:.1e} of the outputs' "
-        f"magnitude; the same class on {same}"
+        f"largest difference from torch on {found}: {agreement.difference:.1e} of the outputs' "
+        f"magnitude; the same class on {agreement.same_class}"
     )
+
+
+@main.command()
+@click.argument("nets", metavar="NET...", nargs=-1, required=True)
+@click.option(
+    "--backend",
+    "engines",
+    type=click.Choice(backends.BACKENDS),
+    multiple=True,
+    default=("torch",),
+    show_default=True,
+    help="What runs them; may be given several times.",
+)
+@click.option(
+    "--batch-size",
+    "batch_sizes",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=(1,),
+    show_default=True,
+    help="Images at once; may be given several times.",
+)
+@_options("threads")
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=2),
+    default=15,
+    show_default=True,
+    help="Samples per net; the nets run in turn.",
+)
+@click.option(
+    "--image-shape",
+    type=click.IntRange(min=1),
+    nargs=3,
+    metavar="C H W",
+    help="Of nets that do not know it.  [default: 3 224 224 for those of torchvision and timm, "
+    "else 3 32 32]",
+)
+@click.option(
+    "--num-classes",
+    type=click.IntRange(min=1),
+    help="Of models by name.  [default: 1000 for those of torchvision and timm, else 10]",
+)
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="CSV file to write, too."
+)
+def bench(
+    nets: tuple[str, ...],
+    engines: tuple[backends.Backend, ...],
+    batch_sizes: tuple[int, ...],
+    threads: int,
+    rounds: int,
+    image_shape: tuple[int, int, int] | None,
+    num_classes: int | None,
+    out: Path | None,
+) -> None:
+    """Measure nets beside each other: time, memory, size. The first is the reference.
+
+    NET is a plain net (.safetensors), a run's folder, an ONNX file, one of rmprune's models,
+    torchvision:NAME or timm:NAME.
+
+    \b
+    latency    median of a forward pass of the whole batch, all nets in turn
+    arena      bytes that a static plan needs for the activations of one image
+    measured   bytes that memory grew by in the first pass of a batch (Linux)
+    file       bytes of what is deployed: weights, ONNX graph, constants in C
+    """
+    places = [
+        backends.Platform(engine, threads, size) for engine in engines for size in batch_sizes
+    ]
+    found = {
+        name: open_network(str(_net_of(Path(name))), image_shape, num_classes) for name in nets
+    }
+    tables = []
+    for place in places:
+        table = measure_networks(found, place, rounds=rounds)
+        click.echo(f"{place.versions}, batch {place.batch_size}, threads {place.threads}")
+        click.echo(reports.as_text(table[list(MEASURED)]))
+        tables.append(table)
+    if out is not None:
+        write_csv(pd.concat(tables), out)
+        click.echo(f"wrote {out}")
 
 
 @main.command()

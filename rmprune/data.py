@@ -355,6 +355,17 @@ def hold_out(data: Dataset, share: float) -> tuple[Dataset, Split]:
     return replace(data, train=data.train.at(kept)), data.train.at(held)
 
 
+def calibration_images(data: Dataset, count: int) -> Split:
+    """Training images to measure on, the same ones whenever they are asked for.
+
+    Args:
+        data: With that many training images, or fewer: then all.
+        count: How many.
+    """
+    order = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(0))
+    return data.train.at(order[:count])
+
+
 def batch_count(split: Split, batch_size: int) -> int:
     """Batches of one epoch of `train_batches`."""
     return max(1, len(split.labels) // batch_size)

@@ -7,27 +7,27 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import json
-import shutil
-import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
+from rmprune.backends import Backend, Network, Platform, installed
+from rmprune.bench import bench
+from rmprune.c_library import Run, compiled, find_compiler
 from rmprune.c_source import CSource, c_source
-from rmprune.data import Dataset, Split, eval_batches
+from rmprune.data import Dataset, Split, calibration_images, eval_batches
 from rmprune.equalization import equalize
-from rmprune.errors import ExportError
-from rmprune.onnx_graph import extra, to_onnx
+from rmprune.errors import ExportError, UsageError
+from rmprune.onnx_graph import OnnxGraph, extra, to_onnx
 from rmprune.plain import PlainNet
 from rmprune.quantization import quantize
 from rmprune.rewrite import fold_bn
@@ -35,7 +35,6 @@ from rmprune.rewrite import fold_bn
 Format = Literal["onnx", "pt2", "c"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 TOLERANCE = 1e-4  # of the outputs' magnitude, in float32
-Run = Callable[[Tensor], Tensor]
 
 
 class RawImages(nn.Module):
@@ -86,11 +85,51 @@ class Exported:
         paths: The files.
         run: Computes ``(N, …)`` to ``(N, classes)`` from them; None where nothing here can.
         c: Sizes, if it is C.
+        graph: The graph that was written; None of pt2.
+        float_graph: The same before it was quantised, if it was.
     """
 
     paths: tuple[Path, ...]
     run: Run | None
     c: CSource | None = None
+    graph: OnnxGraph | None = None
+    float_graph: OnnxGraph | None = None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Outputs beside torch's.
+
+    Attributes:
+        images: Test images that were compared.
+        difference: The largest, relative to the largest output.
+        same_class: Images that both put into one class.
+        accuracy: Share of the images that the exported network classifies correctly.
+        torch_accuracy: Share that torch does, in float32.
+    """
+
+    images: int
+    difference: float
+    same_class: int
+    accuracy: float
+    torch_accuracy: float
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Files for a device, and what is known of them.
+
+    Attributes:
+        paths: The files.
+        c: Sizes, if it is C.
+        agreement: None if nothing here can run them.
+        timings: Of int8: the float32 graph and the int8 graph, see `rmprune.bench.bench`.
+    """
+
+    paths: tuple[Path, ...]
+    c: CSource | None
+    agreement: Agreement | None
+    timings: pd.DataFrame | None
 
 
 def deployable(net: nn.Module, raw: RawImages | None = None) -> nn.Module:
@@ -140,12 +179,11 @@ def export(
     notes = {"written by": f"rmprune {version('rmprune')}", **(info or {})}
     if form == "pt2":
         return _export_pt2(network, path, example_input, dynamic_batch, notes)
-    graph = to_onnx(network, example_input, dynamic_batch)
+    graph, before = to_onnx(network, example_input, dynamic_batch), None
     if images is not None:
-        graph = quantize(graph, images)
-    if form == "onnx":
-        return _export_onnx(graph, path, notes)
-    return _export_c(graph, path, notes)
+        graph, before = quantize(graph, images), OnnxGraph(graph)
+    written = (_export_onnx if form == "onnx" else _export_c)(graph, path, notes)
+    return replace(written, graph=OnnxGraph(graph), float_graph=before)
 
 
 def _export_onnx(graph: Any, path: Path, notes: dict[str, Any]) -> Exported:
@@ -196,46 +234,111 @@ def _export_c(graph: Any, path: Path, notes: dict[str, Any]) -> Exported:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".h").write_text(written.header, encoding="utf-8")
     source.write_text(written.source, encoding="utf-8")
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    run = None if compiler is None else _compiled(compiler, source, written)
+    run = None if find_compiler() is None else compiled(written, path.stem)
     return Exported((path.with_suffix(".h"), source), run, written)
 
 
-def _compiled(compiler: str, source: Path, written: CSource) -> Run:
-    """What a C file computes, by a library that exists while this process runs."""
-    with tempfile.TemporaryDirectory(prefix="rmprune-") as folder:
-        library = Path(folder) / f"{source.stem}.so"
-        options = ["-std=c99", "-O3", "-shared", "-fPIC", str(source), "-o", str(library), "-lm"]
-        done = subprocess.run([compiler, *options], capture_output=True, text=True, check=False)  # noqa: S603
-        if done.returncode != 0:
-            raise ExportError(f"{source} does not compile: {done.stderr.strip().splitlines()[0]}")
-        function = getattr(ctypes.CDLL(str(library)), f"{source.stem}_run")
-
-    def run(images: Tensor) -> Tensor:
-        outputs = []
-        for image in images.numpy():
-            given, output = np.ascontiguousarray(image), np.zeros(written.outputs, np.float32)
-            function(given.ctypes.data_as(ctypes.c_void_p), output.ctypes.data_as(ctypes.c_void_p))
-            outputs.append(torch.from_numpy(output))
-        return torch.stack(outputs)
-
-    return run
-
-
-def check(expected: Tensor, found: Tensor, tolerance: float = TOLERANCE) -> float:
-    """The largest difference of outputs, relative to the largest value.
+def deliver(
+    net: nn.Module,
+    form: Format,
+    path: Path,
+    data: Dataset,
+    *,
+    int8: bool = False,
+    embed_preprocessing: bool = False,
+    batch_size: int = 1,
+    images: int = 1000,
+    calibration: int = 256,
+) -> Delivery:
+    """Write a network in a format, once it computes what torch does on real images.
 
     Args:
-        expected: Torch's, ``(N, classes)``.
-        found: The exported network's.
-        tolerance: What is allowed.
+        net: In evaluation mode; left as it is.
+        form: ``onnx``, ``pt2`` or ``c``.
+        path: Of the file; for C, of the header. What is there stays until all is compared.
+        data: What the net was trained for.
+        int8: Quantise, calibrated on training images.
+        embed_preprocessing: Take raw images, see `RawImages`.
+        batch_size: Images at once; 0 is any number.
+        images: Test images to compare on.
+        calibration: Training images to calibrate on.
 
     Raises:
-        ExportError: It is more.
+        ExportError: The outputs differ, or as `export` does.
+        UsageError: There are too few images for a batch, or as `export` does.
     """
-    difference = ((expected - found).abs().max() / expected.abs().max()).item()
-    if not difference <= tolerance:
+    raw = RawImages(data.mean, data.std) if embed_preprocessing else None
+    size = batch_size or 2
+    test = _whole_batches(data.test, images, size)
+    fed = fed_images(test, data, raw)
+    chosen = _whole_batches(calibration_images(data, calibration), calibration, size)
+    batches = list(torch.split(fed_images(chosen, data, raw), size)) if int8 else None
+    info = {"classes": data.classes, "mean": data.mean, "std": data.std, "data": data.name}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
+        done = export(
+            net,
+            form,
+            Path(folder) / path.name,
+            fed[:size].clone(),  # or all images would be saved in it
+            raw=raw,
+            calibration=batches,
+            dynamic_batch=not batch_size,
+            info=info,
+        )
+        agreement = None
+        if done.run is not None:
+            network = deployable(net, raw)
+            with torch.no_grad():
+                expected = torch.cat([network(piece) for piece in torch.split(fed, 256)])
+            agreement = _agreement(expected, done.run(fed), test.labels)
+            if not int8:
+                _check_difference(agreement.difference)
+        paths = tuple(file.replace(path.parent / file.name) for file in done.paths)
+    timings = _int8_timings(done, form, fed[:1], size) if int8 else None
+    return Delivery(paths, done.c, agreement, timings)
+
+
+def _whole_batches(split: Split, count: int, size: int) -> Split:
+    """The first images, as many as fill batches; at least one batch."""
+    kept = max(count // size, 1) * size
+    if len(split.labels) < kept:
+        kept = len(split.labels) // size * size
+    if not kept:
+        raise UsageError(f"{len(split.labels)} images are no batch of {size}")
+    return Split(split.images[:kept], split.labels[:kept])
+
+
+def _agreement(expected: Tensor, found: Tensor, labels: Tensor) -> Agreement:
+    classes, others = expected.argmax(1), found.argmax(1)
+    return Agreement(
+        images=len(labels),
+        difference=difference_of(expected, found),
+        same_class=int((classes == others).sum()),
+        accuracy=(others == labels).double().mean().item(),
+        torch_accuracy=(classes == labels).double().mean().item(),
+    )
+
+
+def _int8_timings(done: Exported, form: Format, image: Tensor, size: int) -> pd.DataFrame | None:
+    """int8 beside float32, where it would run; None if that cannot be had here."""
+    backend: Backend = "c" if form == "c" else "onnxruntime"
+    if backend not in installed() or done.graph is None or done.float_graph is None:
+        return None
+    graphs: dict[str, tuple[Network, Tensor]] = {
+        "float32": (done.float_graph, image),
+        "int8": (done.graph, image),
+    }
+    return bench(graphs, Platform(backend, 1, size), rounds=9)
+
+
+def difference_of(expected: Tensor, found: Tensor) -> float:
+    """The largest difference of outputs ``(N, classes)``, relative to the largest value."""
+    return ((expected - found).abs().max() / expected.abs().max()).item()
+
+
+def _check_difference(difference: float) -> None:
+    if not difference <= TOLERANCE:
         raise ExportError(
             f"the exported network differs from torch by {difference:.1e} of the outputs' magnitude"
         )
-    return difference

@@ -210,7 +210,7 @@ def evaluate(
 
 def latency(
     models: Mapping[str, nn.Module],
-    example_input: Tensor,
+    example_input: Tensor | Mapping[str, Tensor],
     *,
     threads: int = 1,
     rounds: int = 15,
@@ -225,7 +225,7 @@ def latency(
 
     Args:
         models: By name, on the input's device and of its dtype.
-        example_input: ``(N, C, H, W)``, the batch to time.
+        example_input: ``(N, C, H, W)``, the batch to time; of all models or by name.
         threads: Intra-op threads of the CPU.
         rounds: Samples per model, at least 2.
         min_seconds: How long a sample lasts at least; several passes if one is shorter.
@@ -237,7 +237,10 @@ def latency(
     Warns:
         WideSpreadWarning: The interquartile range exceeds 10 % of the median.
     """
-    batch_size = _batch_size(example_input)
+    inputs = (
+        dict.fromkeys(models, example_input) if isinstance(example_input, Tensor) else example_input
+    )
+    batch_sizes = {name: _batch_size(x) for name, x in inputs.items()}
     if rounds < 2:
         raise UsageError(f"a spread needs at least 2 rounds of latency, not {rounds}")
     if threads < 1:
@@ -246,7 +249,7 @@ def latency(
         for model in models.values():
             stack.enter_context(eval_mode(model))
         stack.enter_context(torch.inference_mode())
-        samples = _interleaved(models, example_input, threads, rounds, min_seconds)
+        samples = _interleaved(models, inputs, threads, rounds, min_seconds)
     results = {}
     for name, samples_ms in samples.items():
         lower, median, upper = statistics.quantiles(samples_ms, n=4, method="inclusive")
@@ -261,17 +264,21 @@ def latency(
             median_ms=median,
             iqr_ms=upper - lower,
             samples_ms=tuple(samples_ms),
-            batch_size=batch_size,
+            batch_size=batch_sizes[name],
             threads=threads,
-            device=str(example_input.device),
-            dtype=str(example_input.dtype).removeprefix("torch."),
+            device=str(inputs[name].device),
+            dtype=str(inputs[name].dtype).removeprefix("torch."),
             backend=backend,
         )
     return results
 
 
 def _interleaved(
-    models: Mapping[str, nn.Module], x: Tensor, threads: int, rounds: int, min_seconds: float
+    models: Mapping[str, nn.Module],
+    inputs: Mapping[str, Tensor],
+    threads: int,
+    rounds: int,
+    min_seconds: float,
 ) -> dict[str, list[float]]:
     """Milliseconds per pass: one sample per model and round, in the models' order."""
     # Here, because importing it makes torch look for compilers and log what it does not find.
@@ -280,7 +287,7 @@ def _interleaved(
     # Timer synchronises CUDA, sets and restores the threads, and runs at least two passes
     # before each timing, which fills the caches again after another model's turn.
     timers = {
-        name: Timer("model(x)", globals={"model": model, "x": x}, num_threads=threads)
+        name: Timer("model(x)", globals={"model": model, "x": inputs[name]}, num_threads=threads)
         for name, model in models.items()
     }
     passes = {

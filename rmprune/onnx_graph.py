@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 import warnings
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rmprune.errors import UsageError
+from rmprune.errors import StoreError, UsageError
 
 INPUT, OUTPUT = "image", "logits"
 
@@ -33,6 +36,83 @@ def extra(module: str, purpose: str, name: str = "onnx") -> ModuleType:
         raise UsageError(
             f"{purpose} needs {module}; install it: pip install 'rmprune[{name}]'"
         ) from error
+
+
+@dataclass(frozen=True)
+class OnnxGraph:
+    """A network that is an ONNX graph with one input and one output.
+
+    Attributes:
+        proto: An ``onnx.ModelProto``.
+    """
+
+    proto: Any
+
+    @classmethod
+    def load(cls, path: Path) -> OnnxGraph:
+        """Read a file.
+
+        Raises:
+            StoreError: It is no ONNX file, or has several inputs.
+            UsageError: The extra ``onnx`` is not installed.
+        """
+        onnx = extra("onnx", "an ONNX file")
+        try:
+            proto = onnx.load(path)
+            onnx.checker.check_model(proto)
+        except Exception as error:  # protobuf's and onnx's own, which have no common base
+            raise StoreError(f"{path} is not a readable ONNX file") from error
+        given = {item.name for item in proto.graph.initializer}
+        inputs = [item for item in proto.graph.input if item.name not in given]
+        if len(inputs) != 1:
+            raise StoreError(f"{path} has {len(inputs)} inputs; a network of images has one")
+        return cls(proto)
+
+    @property
+    def batch_size(self) -> int | None:
+        """Images that it takes at once; None is any number."""
+        return self._shape[0]
+
+    @property
+    def _shape(self) -> tuple[int | None, ...]:
+        dims = self.proto.graph.input[0].type.tensor_type.shape.dim
+        return tuple(d.dim_value or None for d in dims)
+
+    def example_input(self) -> Tensor:
+        """One image of noise, as the graph takes it.
+
+        Raises:
+            StoreError: The size of its images is not known.
+        """
+        onnx = extra("onnx", "an ONNX file")
+        kind = self.proto.graph.input[0].type.tensor_type.elem_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
+        sizes = [n for n in self._shape[1:] if n is not None]
+        if len(sizes) < len(self._shape) - 1:
+            raise StoreError("the ONNX graph does not say how large its images are")
+        noise = torch.randn(1, *sizes, generator=torch.Generator().manual_seed(0))
+        return torch.from_numpy(
+            (noise * 32 + 128 if dtype == "uint8" else noise).numpy().astype(dtype)
+        )
+
+    def for_batch(self, size: int) -> OnnxGraph:
+        """The graph for batches of a size.
+
+        Raises:
+            UsageError: It was exported for batches of another one.
+        """
+        if self.batch_size == size:
+            return self
+        if self.batch_size is not None:
+            raise UsageError(
+                f"the ONNX graph is for batches of {self.batch_size}, not {size}; "
+                "export it with --batch-size 0 for any number"
+            )
+        proto = copy.deepcopy(self.proto)
+        proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = size
+        proto.graph.output[0].type.tensor_type.shape.dim[0].dim_value = size
+        del proto.graph.value_info[:]  # they speak of any number; inference finds them again
+        return OnnxGraph(proto)
 
 
 def to_onnx(model: nn.Module, batch: Tensor, dynamic_batch: bool = False) -> Any:

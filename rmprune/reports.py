@@ -24,6 +24,10 @@ FORMATS = {
     "latency_ms": ("latency ms", "{:.2f}"),
     "latency_iqr_ms": ("± IQR", "{:.2f}"),
     "speedup": ("speed-up", "{:.2f}×"),
+    "images_per_second": ("images/s", "{:,.0f}"),
+    "arena_bytes": ("arena", "{:,.0f}"),
+    "measured_bytes": ("measured", "{:,.0f}"),
+    "file_bytes": ("file", "{:,.0f}"),
     "largest_shift": ("largest shift", "{:.3g}"),
 }
 

@@ -37,7 +37,7 @@ from rmprune.costs import (
     relative,
     sites,
 )
-from rmprune.data import Dataset, eval_batches, hold_out
+from rmprune.data import Dataset, calibration_images, eval_batches, hold_out
 from rmprune.errors import StoreError, UsageError
 from rmprune.graph import parse
 from rmprune.importance import Importance, by_loss, by_scale
@@ -326,16 +326,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def calibration_order(data: Dataset) -> Tensor:
-    """Training images in a fixed shuffle, whose first ones are measured on."""
-    return torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(0))
-
-
 def calibration_batches(data: Dataset, device: torch.device) -> list[Tensor]:
     """Normalised training images for measuring BN statistics."""
-    chosen = calibration_order(data)[:CALIBRATION_IMAGES]
+    chosen = calibration_images(data, CALIBRATION_IMAGES)
     batches = eval_batches(
-        data.train.at(chosen), 256, mean=data.mean, std=data.std, device=device, dtype=torch.float32
+        chosen, 256, mean=data.mean, std=data.std, device=device, dtype=torch.float32
     )
     return [images for images, _ in batches]
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from rmprune import runs
-from rmprune.backends import Platform, time_deployed
+from rmprune.backends import Backend, Platform, time_deployed
 from rmprune.data import Dataset
 from rmprune.errors import UsageError
 from rmprune.measure import count_macs, count_params, evaluate
@@ -42,6 +42,7 @@ from rmprune.store import load, load_tensors, read_json, save, save_tensors, wri
 from rmprune.targets import Target
 
 Method = Literal["rm", "slimming", Rival]
+TIMED_ON: tuple[Backend, ...] = ("torch", "onnxruntime")
 METHODS: tuple[Method, ...] = ("rm", "slimming", *get_args(Rival))
 KEY = ["model", "method", "sparsity", "seed", "level"]
 COLUMNS = [

@@ -1,20 +1,21 @@
 """Where nets run: equal outputs on every backend, and clear words where one is missing."""
 
-import importlib.util
-
 import pytest
 import torch
 from strategies import scramble
 from torch import nn
 
 from rmprune import backends, onnx_graph
-from rmprune.backends import OnnxNetwork, Platform, deploy, installed, time_deployed
+from rmprune.backends import BACKENDS, Platform, deploy, installed, time_deployed
 from rmprune.errors import UsageError
 from rmprune.models import create_model
 
-needs_onnx = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in ("onnxruntime", "onnxscript")),
-    reason="the extra onnx is not installed",
+every_backend = pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(name not in installed(), reason="not here"))
+        for name in BACKENDS
+    ],
 )
 
 
@@ -23,7 +24,7 @@ def model():
     return scramble(create_model("resnet20")).eval()
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("onnxruntime", marks=needs_onnx)])
+@every_backend
 def test_a_deployed_net_computes_the_same(model, backend):
     x = torch.randn(3, 3, 32, 32)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -36,7 +37,7 @@ def test_a_deployed_net_computes_the_same(model, backend):
     assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("onnxruntime", marks=needs_onnx)])
+@every_backend
 def test_timing(model, backend):
     models = {"a": model, "b": nn.Sequential(nn.Conv2d(3, 4, 1))}
     platform = Platform(backend, batch_size=4)
@@ -53,6 +54,7 @@ def test_timing(model, backend):
     ("settings", "message"),
     [
         ({"backend": "tflite"}, "unknown backend 'tflite'; known: torch, onnxruntime"),
+        ({"backend": "c", "threads": 2}, "the backend c computes with one thread"),
         ({"threads": 0}, "threads must be at least 1, but it is 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ],
@@ -62,12 +64,13 @@ def test_unusable_platforms(settings, message):
         Platform(**settings)
 
 
-def test_a_missing_extra_is_named(monkeypatch, model):
+@pytest.mark.parametrize(("backend", "extra"), [("onnxruntime", "onnx"), ("openvino", "openvino")])
+def test_a_missing_extra_is_named(monkeypatch, backend, extra):
     def missing(name):
         raise ImportError(name)
 
     monkeypatch.setattr(onnx_graph.importlib, "import_module", missing)
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda _: None)
     assert installed() == ("torch",)
-    with pytest.raises(UsageError, match=r"needs onnxruntime; .*pip install 'rmprune\[onnx\]'"):
-        OnnxNetwork(model, torch.zeros(1, 3, 8, 8), 1)
+    with pytest.raises(UsageError, match=rf"needs {backend}; .*pip install 'rmprune\[{extra}\]'"):
+        _ = Platform(backend).versions

@@ -339,7 +339,7 @@ def commands():
 
 def test_the_commands_are_these():
     assert commands() == [
-        *("convert", "eval", "export", "finetune", "inspect", "plot"),
+        *("bench", "convert", "eval", "export", "finetune", "inspect", "plot"),
         *("prune", "report", "slim", "sweep", "train"),
     ]
 

@@ -15,7 +15,7 @@ from test_c_source import run_in_c
 from rmprune.convert import convert
 from rmprune.equalization import equalize
 from rmprune.errors import ExportError, UsageError
-from rmprune.export import RawImages, check, deployable, export, fed_images
+from rmprune.export import RawImages, deliver, deployable, difference_of, export, fed_images
 from rmprune.lowering import lower
 from rmprune.models import create_model
 from rmprune.onnx_graph import to_onnx
@@ -44,7 +44,7 @@ def test_every_format_is_torchs(tmp_path, lowered, form):
     done = export(lowered, form, tmp_path / f"net.{form}", X[:1])
     assert done.run is not None
     with torch.no_grad():
-        assert check(lowered(X), done.run(X)) < 1e-5
+        assert difference_of(lowered(X), done.run(X)) < 1e-5
     assert all(path.exists() for path in done.paths)
 
 
@@ -53,7 +53,7 @@ def test_any_number_of_images(tmp_path, lowered, form):
     done = export(lowered, form, tmp_path / "net", X[:2], dynamic_batch=True)
     for count in (1, 3):
         with torch.no_grad():
-            check(lowered(X[:count]), done.run(X[:count]))
+            assert difference_of(lowered(X[:count]), done.run(X[:count])) < 1e-5
 
 
 @pytest.mark.parametrize("form", ["onnx", "pt2", "c"])
@@ -63,7 +63,7 @@ def test_raw_images(tmp_path, lowered, tiny, form):
     torch.testing.assert_close(raw(images), normalised, rtol=1e-5, atol=1e-6)
     done = export(lowered, form, tmp_path / "net.h", images[:1], raw=raw)
     with torch.no_grad():
-        check(lowered(normalised), done.run(images))
+        assert difference_of(lowered(normalised), done.run(images)) < 1e-5
 
 
 def test_metadata_and_names(tmp_path, lowered):
@@ -186,5 +186,12 @@ def test_what_cannot_be_exported(tmp_path, lowered):
         UsageError, match=r"are \(1, 3, 8, 8\), but the network takes \(1, 3, 16, 16\)"
     ):
         export(lowered, "onnx", tmp_path / "net.onnx", X[:1], calibration=[X[:1, :, :8, :8]])
-    with pytest.raises(ExportError, match=r"differs from torch by 5\.0e-01"):
-        check(torch.tensor([[2.0]]), torch.tensor([[1.0]]))
+
+
+def test_what_differs_is_not_delivered(tmp_path, lowered, tiny, monkeypatch):
+    (tmp_path / "net.pt2").write_text("the one before")
+    monkeypatch.setattr("rmprune.export.TOLERANCE", -1.0)
+    with pytest.raises(ExportError, match="differs from torch by"):
+        deliver(lowered, "pt2", tmp_path / "net.pt2", tiny)
+    assert [file.name for file in tmp_path.iterdir()] == ["net.pt2"]
+    assert (tmp_path / "net.pt2").read_text() == "the one before"
