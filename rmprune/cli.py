@@ -585,7 +585,8 @@ def sweep(
         raise UsageError(f"{len(models)} models need {len(models)} --weights, not {len(weights)}")
     files: list[str | None] = [str(path) for path in weights]
     files = files or [None] * len(models)
-    config = _config({**settings, "weights": files[0], "model": models[0]})
+    first = {"weights": files[0], "model": models[0], "target": next(iter(targets), None)}
+    config = _config({**settings, **first})
     plan = sweeps.Sweep(
         config,
         tuple(zip(models, files, strict=True)),
@@ -830,7 +831,8 @@ def _say_agreement(agreement: Agreement, quantized: bool) -> None:
     if quantized:
         click.echo(
             f"accuracy on {found}: {100 * agreement.accuracy:.2f} % in int8, "
-            f"{100 * agreement.torch_accuracy:.2f} % in float32; the same class on {agreement.same_class}"
+            f"{100 * agreement.torch_accuracy:.2f} % in float32; "
+            f"the same class on {agreement.same_class}"
         )
         return
     click.echo(

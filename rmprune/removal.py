@@ -1,9 +1,9 @@
 """Physical removal of a plain net's dead channels, with what they leave behind folded on.
 
-In a list, a channel concerns one layer that computes it and one that reads it. It is dead if
-it is *constant* (its row or its scale is zero) or *unread* (its column is zero); one death
-brings about others up and down the list, until nothing changes. Layers are then cut by
-torch-pruning's functions.
+In a list, a channel concerns one layer that computes it and one that reads it, and depthwise
+convolutions in between. It is dead if it is *constant* (its row, its filter or its scale is zero)
+or *unread* (its column is zero); one death brings about others up and down the list, until
+nothing changes. Layers are then cut by torch-pruning's functions.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import copy
 import math
 import warnings
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -80,19 +81,31 @@ def prune(net: PlainNet, threshold: float | None = None) -> PlainNet:
 
 @dataclass(frozen=True)
 class _Joint:
-    """A convolution, the layers of single channels behind it, and the layer that reads them."""
+    """A convolution, the layers of single channels behind it, and the layer that reads them.
+
+    Attributes:
+        name: Of the convolution.
+        producer: The convolution.
+        between: Activations, BNs, depthwise convolutions and the like, by name.
+        consumer: The layer that reads what they give.
+        consumer_bn: The BN directly behind it.
+    """
 
     name: str
     producer: nn.Conv2d
-    between: tuple[nn.Module, ...]
+    between: Mapping[str, nn.Module]
     consumer: nn.Conv2d | nn.Linear
     consumer_bn: nn.BatchNorm2d | None
 
     @property
-    def bn(self) -> nn.BatchNorm2d | None:
-        """The BN directly behind the convolution."""
-        first = self.between[0] if self.between else None
-        return first if isinstance(first, nn.BatchNorm2d) else None
+    def bns(self) -> dict[str, nn.BatchNorm2d | None]:
+        """The BN directly behind each convolution, by the convolution's name."""
+        layers = [(self.name, self.producer), *self.between.items(), ("", None)]
+        return {
+            name: follower if isinstance(follower, nn.BatchNorm2d) else None
+            for (name, module), (_, follower) in pairwise(layers)
+            if isinstance(module, nn.Conv2d)
+        }
 
     def columns(self) -> Tensor:
         """The consumer's weights, a view of shape ``(out, channels, positions)``."""
@@ -102,16 +115,24 @@ class _Joint:
     def fold_constants(self, alive: Tensor) -> None:
         """Add what constant channels contribute to the consumer's bias; cut them off."""
         empty = (self.producer.weight.flatten(1) == 0).all(1)
-        off = torch.zeros_like(empty) if self.bn is None else self.bn.weight == 0
+        off = torch.zeros_like(empty)
+        values = torch.zeros_like(self.producer.weight[:, 0, 0, 0])
+        if self.producer.bias is not None:
+            values = self.producer.bias.clone()
+        for module in self.between.values():
+            if isinstance(module, nn.Conv2d):
+                if _pads(module):
+                    empty &= values == 0  # others are constant inside only, not at the border
+                empty |= off | (module.weight.flatten(1) == 0).all(1)
+                off = torch.zeros_like(off)
+                values = values * module.weight.flatten(1).sum(1)
+                values += 0 if module.bias is None else module.bias
+            elif isinstance(module, (*POINTWISE, nn.BatchNorm2d)):
+                values = module(values[None, :, None, None]).flatten()
+            if isinstance(module, nn.BatchNorm2d):
+                off |= module.weight == 0
         if not ((empty | off).cpu() & alive).any():
             return
-        zeros = torch.zeros_like(self.producer.weight[:, 0, 0, 0])
-        values = zeros if self.producer.bias is None else self.producer.bias
-        values = values[None, :, None, None]
-        for module in self.between:
-            if isinstance(module, (*POINTWISE, nn.BatchNorm2d)):
-                values = module(values.clone())
-        values = values.flatten()
         if _pads(self.consumer):
             empty &= values == 0  # nobody asked for these to go at the price of the border
         if self.gates:
@@ -124,7 +145,7 @@ class _Joint:
     @property
     def gates(self) -> tuple[ChannelGate, ...]:
         """The squeeze-and-excitation gates in between."""
-        return tuple(module for module in self.between if isinstance(module, ChannelGate))
+        return tuple(m for m in self.between.values() if isinstance(m, ChannelGate))
 
     def _add_to_bias(self, offset: Tensor) -> None:
         if self.consumer.bias is not None:
@@ -152,8 +173,10 @@ class _Joint:
             return
         positions = self.columns().shape[2]
         tp.prune_conv_out_channels(self.producer, dead)
-        for module in self.between:
-            if isinstance(module, nn.BatchNorm2d):
+        for module in self.between.values():
+            if isinstance(module, nn.Conv2d):
+                tp.prune_depthwise_conv_out_channels(module, dead)
+            elif isinstance(module, nn.BatchNorm2d):
                 tp.prune_batchnorm_out_channels(module, dead)
             elif isinstance(module, nn.PReLU) and module.num_parameters > 1:
                 tp.prune_prelu_out_channels(module, dead)
@@ -169,7 +192,7 @@ class _Joint:
 def _joints(net: PlainNet) -> list[_Joint]:
     """All places where channels can be removed: between two ungrouped layers."""
     children = list(net.named_children())
-    weighted = [i for i, (_, m) in enumerate(children) if isinstance(m, nn.Conv2d | nn.Linear)]
+    weighted = [i for i, (_, m) in enumerate(children) if _mixes_channels(m)]
     joints = []
     for here, there in pairwise(weighted):
         name, producer = children[here]
@@ -180,10 +203,16 @@ def _joints(net: PlainNet) -> list[_Joint]:
         if isinstance(consumer, nn.Conv2d) and consumer.groups != 1:
             continue
         assert isinstance(consumer, nn.Conv2d | nn.Linear)
-        between = tuple(module for _, module in children[here + 1 : there])
         bn = follower if isinstance(follower, nn.BatchNorm2d) else None
-        joints.append(_Joint(name, producer, between, consumer, bn))
+        joints.append(_Joint(name, producer, dict(children[here + 1 : there]), consumer, bn))
     return joints
+
+
+def _mixes_channels(module: nn.Module) -> bool:
+    """Whether a layer with weights computes a channel from others: all but depthwise ones do."""
+    if isinstance(module, nn.Conv2d):
+        return not module.groups == module.in_channels == module.out_channels > 1
+    return isinstance(module, nn.Linear)
 
 
 def _pads(layer: nn.Module) -> bool:
@@ -194,20 +223,21 @@ def _pads(layer: nn.Module) -> bool:
 def _switch_off(joints: list[_Joint], threshold: float) -> None:
     if not 0 <= threshold < math.inf:
         raise UsageError(f"the threshold must be finite and not negative, but it is {threshold}")
-    for joint in joints:
-        if joint.bn is None:
+    for name, bn in (item for joint in joints for item in joint.bns.items()):
+        if bn is None:
             raise PruningError(
-                f"layer {joint.name!r} has no BN, so its channels have no scales to compare "
+                f"layer {name!r} has no BN, so its channels have no scales to compare "
                 "with a threshold; prune the net that convert(..., keep_bn=True) gives"
             )
-        joint.bn.weight[joint.bn.weight.abs() < threshold] = 0
+        bn.weight[bn.weight.abs() < threshold] = 0
 
 
 def _keep_one(joint: _Joint, alive: Tensor) -> None:
     """Let the channel with the largest scale (without BN, the first) stay if all are dead."""
     if alive.any():
         return
-    best = 0 if joint.bn is None else int(joint.bn.weight.abs().argmax())
+    bn = joint.bns[joint.name]
+    best = 0 if bn is None else int(bn.weight.abs().argmax())
     alive[best] = True
     warnings.warn(
         f"all channels of layer {joint.name!r} are dead; one is kept, and the net's output "
@@ -220,13 +250,14 @@ def _new_widths(
     widths: dict[str, Width], joints: list[_Joint], alive: list[Tensor]
 ) -> dict[str, Width]:
     """How many own and reserved channels are left in each layer."""
-    result = {}
+    result: dict[str, Width] = {}
     for joint, mask in zip(joints, alive, strict=True):
         width = widths.get(joint.name, Width(len(mask)))
         own = torch.arange(len(mask)) % 2 == 0
         if not width.alternating:
             own = torch.arange(len(mask)) < width.own
-        result[joint.name] = Width(int(mask[own].sum()), int(mask[~own].sum()))
+        left = Width(int(mask[own].sum()), int(mask[~own].sum()))
+        result |= dict.fromkeys(joint.bns, left)
     return result
 
 

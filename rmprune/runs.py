@@ -388,7 +388,13 @@ def _all_weights(
     return relative(channel_savings(slim, example, layer_costs, config.lowering), channels)
 
 
-def prune(checkpoint: Checkpoint, config: SlimConfig, folder: Path, data: Dataset) -> Checkpoint:
+def prune(
+    checkpoint: Checkpoint,
+    config: SlimConfig,
+    folder: Path,
+    data: Dataset,
+    choose: Choose | None = None,
+) -> Checkpoint:
     """Select channels and switch them off; save the masked model and its net.
 
     Args:
@@ -396,6 +402,7 @@ def prune(checkpoint: Checkpoint, config: SlimConfig, folder: Path, data: Datase
         config: Its ``threshold``, or its ``target``, says how many go.
         folder: To write to.
         data: For the statistics of BNs, and whose held-out images a target of accuracy is for.
+        choose: See `deploy`.
 
     Raises:
         UsageError: No images were held out for a target of accuracy.
@@ -416,9 +423,9 @@ def prune(checkpoint: Checkpoint, config: SlimConfig, folder: Path, data: Datase
         )
         masked = _switched_off(slim, checkpoint, masks, config)
     else:
-        masked = _masked_within(target, slim, checkpoint, config, folder, data)
+        masked = _masked_within(target, slim, checkpoint, config, folder, data, choose)
     masked = _narrowed(_with_statistics(masked, slim, _calibration(config, data)))
-    net = deploy(masked)
+    net = deploy(masked, choose)
     masked = replace(masked, forms=net.info.get("lowering"))
     masked.save(folder / "masked.pt")
     save(net, folder / "pruned.safetensors")
@@ -473,6 +480,7 @@ def _masked_within(
     config: SlimConfig,
     folder: Path,
     data: Dataset,
+    choose: Choose | None,
 ) -> Checkpoint:
     """The masked model that keeps the most channels within a target."""
     cost: Cost = target.kind if target.kind != "accuracy-drop" else config.cost
@@ -511,7 +519,7 @@ def _masked_within(
             config,
             data,
         )
-    return _largest_within_budget(target, masked, thresholds, config)
+    return _largest_within_budget(target, masked, thresholds, config, choose)
 
 
 class _Masked(Protocol):
@@ -520,9 +528,13 @@ class _Masked(Protocol):
 
 
 def _largest_within_budget(
-    target: Target, masked: _Masked, thresholds: list[float], config: SlimConfig
+    target: Target,
+    masked: _Masked,
+    thresholds: list[float],
+    config: SlimConfig,
+    choose: Choose | None,
 ) -> Checkpoint:
-    """Search for the threshold; then name the fastest forms, whose cost is another, and again."""
+    """Search for the threshold; then name the forms chosen, whose cost is another, and again."""
 
     def ratio(checkpoint: Checkpoint) -> float:
         return deployed_ratio(target.kind, checkpoint, deploy(checkpoint, likeliest))
@@ -548,7 +560,8 @@ def _largest_within_budget(
     checkpoint = within(None)
     if config.lowering == "plain":
         return checkpoint
-    checkpoint = within(deploy(checkpoint).info["lowering"])
+    if choose is not likeliest:
+        checkpoint = within(deploy(checkpoint, choose).info["lowering"])
     return replace(checkpoint, forms=deploy(checkpoint, likeliest).info["lowering"])
 
 
@@ -645,7 +658,8 @@ def prune_and_finetune(
         if (here / "finetuned.pt").exists():
             masked = Checkpoint.load(here / "masked.pt")  # a latency is never measured twice alike
         else:
-            masked = prune(latest, on_the_way, here, data)
+            # On the way nothing is delivered, so that forms need not be measured.
+            masked = prune(latest, on_the_way, here, data, None if step == steps else likeliest)
         latest = finetune(here, masked, on_the_way, data, track)
     return latest
 

@@ -1,6 +1,7 @@
 """Removal against the unpruned net, and against torch-pruning's own graph."""
 
 import copy
+from collections import OrderedDict
 from itertools import pairwise
 
 import pytest
@@ -14,9 +15,11 @@ from torch import nn
 from rmprune.convert import convert
 from rmprune.errors import PruningError, UsageError
 from rmprune.models import create_model
-from rmprune.plain import Width
+from rmprune.plain import PlainNet, Width
 from rmprune.removal import prune
 from rmprune.rewrite import fold_bn
+from rmprune.selection import apply_masks, select
+from rmprune.slimming import add_shortcut_bn
 
 X = torch.randn(2, 3, 13, 10, generator=torch.Generator().manual_seed(0)).double()
 pytestmark = pytest.mark.filterwarnings("ignore:all channels of layer")
@@ -234,3 +237,58 @@ def test_zero_channels_leave_nets_of_all_pieces(model, seed, share):
     for name, layer in pruned.named_children():
         if isinstance(layer, nn.Conv2d) and name in pruned.widths:
             assert pruned.widths[name].total == layer.out_channels
+
+
+def depthwise_chain(draw):
+    """Pointwise and depthwise convolutions in turn, with some of everything off."""
+    layers, width = [], 3
+    for _ in range(draw(st.integers(1, 3))):
+        out = draw(st.integers(2, 6))
+        layers += [nn.Conv2d(width, out, draw(st.sampled_from([1, 3])), bias=draw(st.booleans()))]
+        width = out
+        for _ in range(draw(st.integers(0, 2))):
+            kernel = draw(st.sampled_from([1, 3]))
+            padding = draw(st.sampled_from([0, kernel // 2]))
+            conv = nn.Conv2d(
+                width, width, kernel, 1, padding, groups=width, bias=draw(st.booleans())
+            )
+            layers += [nn.BatchNorm2d(width), nn.ReLU(), conv]
+        layers += [nn.BatchNorm2d(width), draw(st.sampled_from([nn.ReLU(), nn.Hardswish()]))]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5)]
+    return PlainNet(OrderedDict((f"layer{i}", layer) for i, layer in enumerate(layers)))
+
+
+@given(st.data(), st.integers(0, 9999))
+def test_depthwise_convolutions_lose_channels_exactly(data, seed):
+    """Rows, filters and columns that are zero, and scales that are off with their shift."""
+    net = scramble(depthwise_chain(data.draw)).double().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in net:
+            if isinstance(layer, nn.Conv2d | nn.BatchNorm2d):
+                off = torch.rand(len(layer.weight), generator=generator) < 0.3
+                layer.weight[off] = 0
+                if isinstance(layer, nn.BatchNorm2d):
+                    layer.bias[off] = 0
+    x = torch.randn(2, 3, 14, 13, generator=generator).double()
+    pruned = prune(net)
+    assert_same(pruned(x), net(x))
+    for conv, bn in zip(pruned, list(pruned)[1:], strict=False):
+        if isinstance(conv, nn.Conv2d) and isinstance(bn, nn.BatchNorm2d):
+            assert bn.num_features == conv.out_channels
+
+
+@pytest.mark.parametrize("fuse", ["auto", "always"])
+def test_mobilenet_loses_what_is_off(fuse):
+    slim = scramble(add_shortcut_bn(create_model("mobilenetv2_rm"))).double().eval()
+    masks = select(slim, 0.75)
+    apply_masks(slim, masks)
+    x = torch.randn(2, 3, 16, 16).double()
+    plain = convert(slim, x, keep_bn=False, fuse=fuse)
+    pruned = prune(plain)
+    assert_same(pruned(x), slim(x), 1e-9)
+    # Half of every layer's channels are off, each by itself: a quarter of the products is left.
+    assert count(pruned) < 0.3 * count(plain)
+    depthwise = [m for m in pruned if isinstance(m, nn.Conv2d) and m.groups > 1]
+    assert depthwise
+    assert all(m.groups == m.in_channels == m.out_channels for m in depthwise)

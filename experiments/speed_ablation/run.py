@@ -2,10 +2,10 @@
 
     python experiments/speed_ablation/run.py
 
-Four RMNeXt blocks (RMNet, section 5.4: 1×1, grouped 3×3, 1×1; inner width (T - 1) · C) behind one
-convolution, on images of 16×16 pixels, and the equal plain net that `rmprune.convert` makes of them.
-One setting changes at a time. Both nets of a setting are timed in turn; medians of 15 rounds. Writes
-results.csv and figure11.png beside this file.
+Four RMNeXt blocks (RMNet, section 5.4: 1×1, grouped 3×3, 1×1; inner width (T - 1) · C) behind
+one convolution, on images of 16×16 pixels, and the equal plain net that `rmprune.convert` makes
+of them. One setting changes at a time. Both nets of a setting are timed in turn; medians of 15
+rounds. Writes results.csv and figure11.png beside this file.
 """
 
 from __future__ import annotations
