@@ -31,6 +31,14 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 OPEN = {"sigmoid": 40.0, "hardsigmoid": 3.0}
 
 
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether a layer is a convolution that computes each channel from one channel alone."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.groups == module.in_channels == module.out_channels > 1
+    )
+
+
 def function_name(module: nn.Module) -> str | None:
     """The name in `FUNCTIONS` of what an activation module computes, or None."""
     match module:

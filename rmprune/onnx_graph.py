@@ -127,6 +127,8 @@ def to_onnx(model: nn.Module, batch: Tensor, dynamic_batch: bool = False) -> Any
         UsageError: The extra ``onnx`` is not installed.
     """
     extra("onnxscript", "ONNX")
+    # Of channels_last weights the exporter makes a pooling that gathers by index.
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

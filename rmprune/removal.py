@@ -21,7 +21,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from rmprune.errors import PruningError, UsageError
-from rmprune.layers import ChannelGate, PartialActivation
+from rmprune.layers import ChannelGate, PartialActivation, is_depthwise
 from rmprune.plain import PlainNet, Width
 
 POINTWISE = (
@@ -192,7 +192,11 @@ class _Joint:
 def _joints(net: PlainNet) -> list[_Joint]:
     """All places where channels can be removed: between two ungrouped layers."""
     children = list(net.named_children())
-    weighted = [i for i, (_, m) in enumerate(children) if _mixes_channels(m)]
+    weighted = [
+        i
+        for i, (_, module) in enumerate(children)
+        if isinstance(module, nn.Conv2d | nn.Linear) and not is_depthwise(module)
+    ]
     joints = []
     for here, there in pairwise(weighted):
         name, producer = children[here]
@@ -206,13 +210,6 @@ def _joints(net: PlainNet) -> list[_Joint]:
         bn = follower if isinstance(follower, nn.BatchNorm2d) else None
         joints.append(_Joint(name, producer, dict(children[here + 1 : there]), consumer, bn))
     return joints
-
-
-def _mixes_channels(module: nn.Module) -> bool:
-    """Whether a layer with weights computes a channel from others: all but depthwise ones do."""
-    if isinstance(module, nn.Conv2d):
-        return not module.groups == module.in_channels == module.out_channels > 1
-    return isinstance(module, nn.Linear)
 
 
 def _pads(layer: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from rmprune.blocks import Unit, split_units
 from rmprune.costs import Lowering
 from rmprune.errors import PruningError, UsageError
 from rmprune.graph import Block, Layer, PadChannels, Subsample, parse
+from rmprune.layers import is_depthwise
 from rmprune.norms import fold_shortcut
 
 
@@ -58,7 +59,8 @@ def select(
 ) -> Masks:
     """Choose the channels whose score reaches a threshold.
 
-    An inner channel of a block goes when its own score is under the threshold, a reserved
+    An inner channel of a block goes when its own score is under the threshold (of a depthwise
+    convolution, when it is under it before or behind the convolution), a reserved
     channel when its shortcut BN's is or when the channel it would copy is gone, an output
     channel when neither the block's last BN nor its shortcut keeps it. A body that has lost
     a whole layer is lost altogether: its block then collapses. Where nothing at all would
@@ -113,24 +115,35 @@ class _Selection:
         self.keep: dict[str, Tensor] = {}
         self.forced: list[str] = []
         self.live: Tensor | None = None  # None: no BN seen yet, all channels live
+        self.latest: tuple[str, ...] = ()  # BNs whose channels are those of the tensor at hand
+        self.tied: tuple[str, ...] = ()  # those before the depthwise convolution just seen
 
     def visit_layer(self, layer: Layer) -> None:
         if isinstance(layer.module, nn.BatchNorm2d):
-            self.live = self._rounded(layer, self._at_least_one(layer, self._above(layer)))
-            self.keep[layer.name] = self.live
+            mask = self._above(layer)
+            if self.tied and self.live is not None:
+                mask &= self.live
+            self.live = self._rounded(layer, self._at_least_one(layer, mask))
+            self.latest = (*self.tied, layer.name)
+            self.keep |= dict.fromkeys(self.latest, self.live)
         elif isinstance(layer.module, nn.Conv2d):
-            self.live = None
+            self.tied = self.latest if is_depthwise(layer.module) else ()
+            if not self.tied:
+                self.live = None
+            self.latest = ()
 
     def visit_block(self, block: Block) -> None:
         units = split_units(block.body)
-        last, bns = _last_bn(units), [unit.bn for unit in units[:-1] if unit.bn]
+        last = _last_bn(units)
         head, *remainder = block.shortcut or (None,)
         if head is None or not isinstance(head.module, nn.BatchNorm2d):
             raise PruningError(
                 f"the block at {block.add.name!r} has no shortcut BN; "
                 "call rmprune.add_shortcut_bn(model, calibration_batches) first"
             )
-        inner = {bn: self._above(bn) for bn in bns}
+        self.tied = self.latest = ()
+        together = _tied(units[:-1])
+        inner = {group: torch.stack([self._above(bn) for bn in group]).all(0) for group in together}
         reserved = self._above(head)
         if self.live is not None:
             reserved &= self.live
@@ -140,12 +153,12 @@ class _Selection:
         if apart:
             body_lives &= bool(made.any())
         if not body_lives and not reserved.any():
-            inner = {bn: self._at_least_one(bn, mask) for bn, mask in inner.items()}
+            inner = {group: self._at_least_one(group[0], mask) for group, mask in inner.items()}
             body_lives = True
         besides = 0 if apart else int(reserved.sum())  # other rows of the same convolution
-        for bn, mask in inner.items():
-            kept = self._rounded(bn, mask, besides) if body_lives else mask & False
-            self.keep[bn.name] = kept
+        for group, mask in inner.items():
+            kept = self._rounded(group[0], mask, besides) if body_lives else mask & False
+            self.keep |= dict.fromkeys((bn.name for bn in group), kept)
         self.keep[head.name] = reserved
 
         made &= body_lives
@@ -214,6 +227,19 @@ def _scale(layer: Layer) -> Tensor:
     weight = layer.module.weight
     assert isinstance(weight, Tensor)
     return weight.detach().abs()
+
+
+def _tied(units: Sequence[Unit]) -> list[tuple[Layer, ...]]:
+    """The BNs of a body, those together whose channels are the same: around depthwise layers."""
+    groups: list[tuple[Layer, ...]] = []
+    before: Layer | None = None
+    for unit in units:
+        if unit.bn is not None and before is not None and is_depthwise(unit.kernel):
+            groups[-1] += (unit.bn,)
+        elif unit.bn is not None:
+            groups.append((unit.bn,))
+        before = unit.bn
+    return groups
 
 
 def _last_bn(units: list[Unit]) -> Layer:

@@ -1,12 +1,14 @@
 """Where nets run: equal outputs on every backend, and clear words where one is missing."""
 
+import copy
+
 import pytest
 import torch
 from strategies import scramble
 from torch import nn
 
 from rmprune import backends, onnx_graph
-from rmprune.backends import BACKENDS, Platform, deploy, installed, time_deployed
+from rmprune.backends import BACKENDS, Platform, deploy, graph_of, installed, time_deployed
 from rmprune.errors import UsageError
 from rmprune.models import create_model
 
@@ -74,3 +76,14 @@ def test_a_missing_extra_is_named(monkeypatch, backend, extra):
     assert installed() == ("torch",)
     with pytest.raises(UsageError, match=rf"needs {backend}; .*pip install 'rmprune\[{extra}\]'"):
         _ = Platform(backend).versions
+
+
+@pytest.mark.skipif("onnxruntime" not in installed(), reason="not here")
+def test_the_graph_does_not_depend_on_the_layout_of_weights(model):
+    x = torch.randn(1, 3, 16, 16)
+    kinds = [
+        [node.op_type for node in graph_of(net, x).proto.graph.node]
+        for net in (model, copy.deepcopy(model).to(memory_format=torch.channels_last))
+    ]
+    assert kinds[0] == kinds[1]
+    assert "Gather" not in kinds[0]

@@ -211,3 +211,23 @@ def test_widths_become_multiples(lowering):
 def test_multiples_of_nothing():
     with pytest.raises(UsageError, match="multiples of 1 or more, not of 0"):
         select(slimmable(create_model("resnet20")), 0.5, round_to=0)
+
+
+def test_channels_around_depthwise_convolutions_go_together():
+    slim = scramble(add_shortcut_bn(create_model("mobilenetv2_rm"))).eval()
+    masks = select(slim, 0.75, round_to=8)
+    for expand, depthwise in (
+        ("features.0.1", "features.1.1"),
+        ("features.3.expand.1", "features.3.depthwise.1"),
+        ("features.4.expand.1", "features.4.depthwise.1"),
+    ):
+        assert torch.equal(masks.keep[expand], masks.keep[depthwise])
+        scales = [slim.get_submodule(name).weight.abs() for name in (expand, depthwise)]
+        both = (scales[0] >= 0.75) & (scales[1] >= 0.75)
+        assert (masks.keep[expand] >= both).all()  # some come back for the multiple of 8
+        assert masks.keep[expand].sum() - both.sum() < 8
+    apply_masks(slim, masks)
+    x = torch.randn(1, 3, 16, 16)
+    net = prune(convert(slim, x, keep_bn=False))
+    widths = [net.widths[f"features_{block}_depthwise_0"] for block in (3, 5, 7, 13)]
+    assert all(width.total == width.own and width.total % 8 == 0 for width in widths)
