@@ -21,6 +21,7 @@ from rmprune.errors import ExportError
 from rmprune.onnx_graph import extra
 
 Array = np.ndarray[Any, np.dtype[Any]]
+CLAMPING = ("Conv", "Gemm", "Add")  # what can clamp its own results
 VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout")
 
 
@@ -126,8 +127,8 @@ def arena_bytes(model: Any) -> int:
 def read_graph(model: Any) -> Graph:
     """Read the steps of an ONNX graph.
 
-    Constants are folded, shapes propagated, views are no steps; convolutions and linear layers
-    do the clamping of a ReLU or clip behind them.
+    Constants are folded, shapes propagated, views are no steps; convolutions, linear layers and
+    additions do the clamping of a ReLU or clip behind them.
 
     Args:
         model: An ``onnx.ModelProto`` for one image, with one input and one output.
@@ -215,9 +216,9 @@ def _enter(
             if zero.dtype != np.int8 or zero.size != 1:
                 raise ExportError(f"{node.name}: activations must be int8, one scale a tensor")
             stored = replace(outputs[0], dtype="int8", scale=inputs[1].value, zero=int(zero.item()))
-            last = found.nodes[-1] if found.nodes else None
-            if alone and last is not None and last.outputs == inputs[:1]:
-                found.nodes[-1] = last._replace(outputs=[stored])  # written as int8 at once
+            made = [i for i, step in enumerate(found.nodes) if step.outputs == inputs[:1]]
+            if alone and made:  # written as int8 at once
+                found.nodes[made[0]] = found.nodes[made[0]]._replace(outputs=[stored])
             else:
                 found.nodes.append(Node(node.name, node.op_type, inputs[:1], [stored], {}))
             found.tensors[node.output[0]] = stored
@@ -239,24 +240,24 @@ def _c_name(name: str) -> str:
 
 
 def _with_limits_in(nodes: list[Node], output: Tensor) -> list[Node]:
-    """Convolutions that clamp their results themselves, where a ReLU or clip comes next."""
+    """Steps that clamp their results themselves, where a ReLU or clip comes next."""
     readers = Counter([output.name, *(t.name for node in nodes for t in node.inputs)])
     result: list[Node] = []
     for node in nodes:
-        before = result[-1] if result else None
-        limits = _limits(node)
-        if (
-            before is not None
-            and limits is not None
-            and before.op in ("Conv", "Gemm")
-            and before.outputs[0].name == node.inputs[0].name
-            and before.outputs[0].scale is None
-            and readers[node.inputs[0].name] == 1
-        ):
-            result[-1] = before._replace(outputs=node.outputs, limits=limits)
-        else:
+        limits, made = _limits(node), None
+        if limits is not None and readers[node.inputs[0].name] == 1:
+            made = next((i for i, b in enumerate(result) if _clamps(b, node.inputs[0])), None)
+        if limits is None or made is None:
             result.append(node)
+        else:
+            result[made] = result[made]._replace(outputs=node.outputs, limits=limits)
     return result
+
+
+def _clamps(before: Node, value: Tensor) -> bool:
+    """Whether a step makes a value that it can clamp itself."""
+    made = before.outputs[0]
+    return before.op in CLAMPING and made.name == value.name and made.scale is None
 
 
 def _limits(node: Node) -> tuple[float, float] | None:

@@ -197,7 +197,10 @@ class _Writer:
         if node.op == "Clip" and len(loads) < 3:
             raise ExportError(f"{node.name}: a clip needs both limits")
         self._note(output)
+        low, high = node.limits
         value = expression.format(*loads, **names)
+        value = value if math.isinf(low) else f"fmaxf({value}, {_float(low)})"
+        value = value if math.isinf(high) else f"fminf({value}, {_float(high)})"
         return _loops(output.shape, _store(output, _index(_strides(output.shape)), value), rank)
 
     def _note(self, output: Tensor) -> None:
