@@ -1054,7 +1054,10 @@ def _open(file: Path) -> tuple[torch.nn.Module, runs.Task | None, runs.SlimConfi
         return checkpoint.build(), checkpoint.task, checkpoint.config
     net = load(file)
     task = runs.task_of(net)
-    return net, task, runs.SlimConfig() if task is None else runs.SlimConfig(data=task.data)
+    if task is None:
+        return net, None, runs.SlimConfig()
+    size = net.info.get("image_size")
+    return net, task, runs.SlimConfig(data=task.data, image_size=size)
 
 
 def _hint_at_reach(config: runs.SlimConfig, data: Dataset) -> None:

@@ -682,7 +682,8 @@ def deploy(checkpoint: Checkpoint, choose: Choose | None = None) -> PlainNet:
     """
     config, example = checkpoint.config, checkpoint.task.example_input()
     net = collapse(remove_dead_channels(convert(checkpoint.build(), example, keep_bn=False)))
-    net.info = {"model": config.model, **dataclasses.asdict(checkpoint.task)}
+    origin = {"model": config.model, "image_size": config.image_size}
+    net.info = {**origin, **dataclasses.asdict(checkpoint.task)}
     if config.lowering == "plain":
         return net
     known, decide = checkpoint.forms or {}, choose or fastest(example, config.platform)
@@ -802,13 +803,16 @@ def fit_kept(
     )
     if latest is start:
         latest.save(path)
+        _write_metrics(path.with_name("metrics.csv"), latest)
     return latest
 
 
 def _write_metrics(path: Path, checkpoint: Checkpoint) -> None:
     """Write the rows of a checkpoint's stage behind those of other stages."""
-    rows = pd.DataFrame(list(checkpoint.history))
+    columns = ["stage", *(field.name for field in dataclasses.fields(EpochResult))]
+    rows = pd.DataFrame(list(checkpoint.history), columns=columns)
     if path.exists():
         earlier = pd.read_csv(path)
-        rows = pd.concat([earlier[earlier["stage"] != checkpoint.stage], rows])
+        parts = [earlier[earlier["stage"] != checkpoint.stage], rows]
+        rows = pd.concat([part for part in parts if not part.empty] or [rows])
     write_csv(rows, path)

@@ -133,6 +133,34 @@ def test_sweeping_and_plotting(image_folder, tmp_path):
     fail(2, "no latencies of torch at batch size 7; there are", "plot", out, "--backend", "torch",
          "--batch-size", 7)  # fmt: skip
     fail(2, "holds no sweep", "plot", tmp_path)
+    steps = ["--method", "rm", "--target", "macs=0.5", "--prune-steps", 2, *words[:8], "--resume"]
+    text = succeed("sweep", *steps, "--out", out)
+    assert "resnet20 rm λ=0.01 macs=0.5 seed 0 (plain)" in text
+    assert len(list(out.glob("trainings/*/macs-0.5/step-1/masked.pt"))) == 1
+
+
+def test_bench(run, tmp_path):
+    out, _ = run
+    text = succeed("bench", out, "resnet20", "--rounds", 2, "--out", tmp_path / "bench.csv")
+    assert re.search(r"torch [\d.]+.*, batch 1, threads 1", text)
+    for word in ("latency ms", "speed-up", "1.00×", "arena", "measured", "file"):
+        assert word in text
+    rows = pd.read_csv(tmp_path / "bench.csv")
+    assert list(rows["net"]) == [str(out), "resnet20"]
+    fail(2, "unknown model 'nothing'", "bench", "nothing")
+    fail(2, "computes with one thread", "bench", "resnet20", "--backend", "c", "--threads", 2)
+    fail(2, "has no net.safetensors", "bench", tmp_path)
+
+
+def test_resized_images_are_resized_again(image_folder, tmp_path):
+    """A net remembers what size its images were brought to."""
+    out = tmp_path / "run"
+    size = ["--data", f"folder:{image_folder}", "--image-size", 12]
+    succeed("slim", *size, "--epochs", 0, "--finetune-epochs", 0, "--batch-size", 16, "--out", out)
+    shown = pd.read_csv(out / "report.csv")["accuracy"].iloc[-1]
+    assert f"\n{100 * shown:.2f} %" in succeed("eval", out)
+    assert succeed("eval", out) == succeed("eval", out, *size)
+    assert json.loads(succeed("inspect", "--json", out))["info"]["image_size"] == 12
 
 
 def test_inspect(run):

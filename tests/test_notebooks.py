@@ -26,4 +26,4 @@ def test_notebook(path, tmp_path):
 
 
 def test_there_are_notebooks():
-    assert {path.stem for path in NOTEBOOKS} >= {"figure7", "quickstart"}
+    assert {path.stem for path in NOTEBOOKS} >= {"embedded", "figure7", "quickstart"}
