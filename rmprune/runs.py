@@ -101,7 +101,7 @@ class SlimConfig:
         scope: Which channels may go: ``"all"``, or those ``"inner"`` to a block, as network
             slimming does in a residual network.
         lowering: Whether the net that comes out is plain, or may have additions again.
-        backend: Where it shall run: ``torch`` or ``onnxruntime``.
+        backend: Where it shall run, see `rmprune.backends.Platform`.
         threads: It may use there.
         latency_batch: Images it gets at once there.
         holdout: Share of the training images kept back from all training.
