@@ -18,14 +18,15 @@ from torch import Tensor, fx, nn
 
 from rmprune.blocks import split_units
 from rmprune.costs import Lowering
-from rmprune.graph import parse
-from rmprune.narrowing import narrow
-from rmprune.selection import apply_masks, select
+from rmprune.graph import Block, parse
+from rmprune.narrowing import narrow, survivors
+from rmprune.reconstruction import block_sums, by_batch, heirs, reconstruct
+from rmprune.selection import Masks, apply_masks, select
 from rmprune.slimming import scales_of
 from rmprune.training import distillation_loss
 
 Importance = Literal["scale", "loss"]
-SHARE = 0.25  # of a layer's channels go at once
+SHARE = 0.5  # of a layer's channels go at once
 TEMPERATURE = 4.0
 
 
@@ -52,11 +53,12 @@ def by_loss(
 ) -> dict[str, Tensor]:
     """When each channel goes, if at every step goes what changes the outputs least for its cost.
 
-    A greedy search after NetAdapt (Yang et al. 2018, arXiv 1804.03230, section 3), but
-    without training between the steps: a step takes a quarter of the channels of a block's
-    layer, those with the smallest scales, or all that is left of a block's body. BNs
-    normalise by the batch. What a step would change is measured again only when it is next
-    to be taken, since it seldom becomes less.
+    A greedy search after NetAdapt (Yang et al. 2018, arXiv 1804.03230, section 3): a step
+    takes half of the channels of a block's layer, those with the smallest scales, or all that
+    is left of a block's body. Instead of training between the steps, what is left of the block
+    is fitted to what the whole model computes; see `rmprune.reconstruction`. BNs normalise by
+    the batch. What a step would change is measured again only when it is next to be taken,
+    since it seldom becomes less.
 
     Args:
         slim: A slimmable model in evaluation mode; trained, but not for sparsity.
@@ -73,7 +75,7 @@ def by_loss(
     waiting = [(-math.inf, -1, place) for place in range(len(search.places))]
     taken = 0
     while waiting:
-        price, measured_at, place = heapq.heappop(waiting)
+        _, measured_at, place = heapq.heappop(waiting)
         step = search.step(search.places[place])
         if step is None:
             continue
@@ -81,7 +83,7 @@ def by_loss(
             heapq.heappush(waiting, (search.price(step), taken, place))
             continue
         taken += 1
-        search.take(step, taken, price)
+        search.take(step, taken)
         heapq.heappush(waiting, (-math.inf, -1, place))
     return search.scores
 
@@ -103,7 +105,12 @@ Step = dict[str, Tensor]  # path of a BN to channels, those with the smallest sc
 
 
 class _Search:
-    """What has gone so far, and what would be lost next."""
+    """What has gone so far, and what would be lost next.
+
+    Attributes:
+        model: What is left, masked, narrowed and fitted.
+        left: Channels of the whole model that it has, ``(n,)`` by the path of their BN.
+    """
 
     def __init__(
         self,
@@ -113,20 +120,23 @@ class _Search:
         lowering: Lowering,
         round_to: int,
     ) -> None:
-        self.slim, self.savings, self.batches = slim, savings, batches
+        self.model, self.savings, self.batches = slim, savings, batches
         self.lowering, self.round_to = lowering, round_to
-        self.scales = {name: scale.cpu() for name, scale in scales_of(slim).items()}
+        scales = scales_of(slim)
+        self.sizes = {name: len(scale) for name, scale in scales.items()}
+        self.left = {name: torch.arange(size) for name, size in self.sizes.items()}
         self.scores = {
-            name: torch.full((len(scale),), math.inf, dtype=torch.float64)
-            for name, scale in self.scales.items()
+            name: torch.full((size,), math.inf, dtype=torch.float64)
+            for name, size in self.sizes.items()
         }
-        self.places = self._places()
-        self.expected = self._outputs({})
+        self.places = self._places(slim)
+        self.sums = block_sums(slim, batches)
+        self.expected = self._outputs(slim)
         self.loss = 0.0
 
-    def _places(self) -> list[_Place]:
+    def _places(self, slim: fx.GraphModule) -> list[_Place]:
         places = []
-        for block in parse(self.slim).blocks:
+        for block in parse(slim).blocks:
             bns = [unit.bn.name for unit in split_units(block.body) if unit.bn is not None]
             inner = bns[:-1]
             places += [_Place((name,), at_once=False) for name in inner]
@@ -138,54 +148,75 @@ class _Search:
 
     def step(self, place: _Place) -> Step | None:
         """The channels that would go next, if any are left."""
+        if not set(place.bns) <= scales_of(self.model).keys():
+            return None  # the block is gone
         left = {name: torch.isinf(self.scores[name]).nonzero().flatten() for name in place.bns}
         if not all(len(channels) for channels in left.values()):
             return None
         if place.at_once:
             return left
         (name, channels) = next(iter(left.items()))
-        size = math.ceil(len(self.scales[name]) * SHARE / self.round_to) * self.round_to
+        size = math.ceil(self.sizes[name] * SHARE / self.round_to) * self.round_to
         if len(channels) <= size and len(place.bns) == 1 and self._is_inner(name):
             return None  # the whole body goes by a step of its own
-        order = self.scales[name][channels].argsort(stable=True)
-        return {name: channels[order[:size]]}
+        scales = scales_of(self.model)[name].cpu()[torch.isin(self.left[name], channels)]
+        return {name: channels[scales.argsort(stable=True)[:size]]}
 
     def _is_inner(self, name: str) -> bool:
         return any(place.at_once and name in place.bns for place in self.places)
 
     def price(self, step: Step) -> float:
         """What a step adds to the loss, for what it saves."""
-        return (self._loss_without(step) - self.loss) / self._saved_by(step)
+        model, _ = self._without(step)
+        return (self._loss_of(model) - self.loss) / self._saved_by(step)
 
     def _saved_by(self, step: Step) -> float:
         return sum(self.savings[name] * len(channels) for name, channels in step.items())
 
-    def take(self, step: Step, number: int, price: float) -> None:
-        """Let channels go, as the step of a number, for the price that it has now."""
-        self.loss += price * self._saved_by(step)
+    def take(self, step: Step, number: int) -> None:
+        """Let channels go, as the step of a number."""
+        self.model, masks = self._without(step)
+        self.loss = self._loss_of(self.model)
         for name, channels in step.items():
             self.scores[name][channels] = float(number)
             if len(step) == 1:  # a part of the step may be enough
                 self.scores[name][channels] += torch.arange(len(channels)).double() / len(channels)
+        present = scales_of(self.model)
+        for name, mask in masks.keep.items():
+            if name in present and len(present[name]) < len(mask):
+                self.left[name] = self.left[name][survivors(mask)]
 
-    def _loss_without(self, step: Step) -> float:
+    def _without(self, step: Step) -> tuple[fx.GraphModule, Masks]:
+        """The model without the channels of one more step, and the masks that made it."""
+        stays = {
+            name: torch.ones(len(scale), dtype=torch.float64)
+            for name, scale in scales_of(self.model).items()
+        }
+        for name, channels in step.items():
+            stays[name][torch.isin(self.left[name], channels)] = 0
+        masks = select(self.model, 0.5, scores=stays, lowering=self.lowering)
+        model = copy.deepcopy(self.model)
+        apply_masks(model, masks)
+        narrow(model, masks)
+        before, after = (heirs(self.sums, parse(m).blocks) for m in (self.model, model))
+        blocks = parse(model).blocks
+        touched = [_has(b, step) or after[b.add.name] != before[b.add.name] for b in blocks]
+        behind = blocks[touched.index(True) :] if any(touched) else ()
+        reconstruct(model, self.sums, self.batches, {block.add.name for block in behind})
+        return model, masks
+
+    def _loss_of(self, model: fx.GraphModule) -> float:
         losses = [
             distillation_loss(found, expected, TEMPERATURE).item()
-            for found, expected in zip(self._outputs(step), self.expected, strict=True)
+            for found, expected in zip(self._outputs(model), self.expected, strict=True)
         ]
         return sum(losses) / len(losses)
 
     @torch.no_grad()
-    def _outputs(self, step: Step) -> list[Tensor]:
-        """What the model without the channels of all steps so far, and of one more, gives."""
-        stays = {name: torch.isinf(scores).double() for name, scores in self.scores.items()}
-        for name, channels in step.items():
-            stays[name][channels] = 0
-        masks = select(self.slim, 0.5, scores=stays, lowering=self.lowering)
-        model = copy.deepcopy(self.slim)
-        apply_masks(model, masks)
-        narrow(model, masks)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.train()
-        return [model(batch) for batch in self.batches]
+    def _outputs(self, model: fx.GraphModule) -> list[Tensor]:
+        with by_batch(model):
+            return [model(batch) for batch in self.batches]
+
+
+def _has(block: Block, step: Step) -> bool:
+    return any(layer.name in step for layer in (*block.body, *block.shortcut))

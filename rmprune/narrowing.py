@@ -1,26 +1,31 @@
-"""Masked models without the inner channels that are off, so that fine-tuning costs less.
+"""Masked models without the inner channels and the blocks that are off.
 
 Channels inside of a block concern two convolutions and nothing else: they can go at once,
-while the model is still residual and its other channels are held by masks.
+while the model is still residual and its other channels are held by masks. Fine-tuning then
+costs less.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, fx, nn
+from torch.optim.swa_utils import update_bn
 
 from rmprune.blocks import Unit, split_units
 from rmprune.graph import parse
+from rmprune.passing import empty_blocks
 from rmprune.selection import Masks
 
 
 def narrow(slim: fx.GraphModule, masks: Masks) -> Masks:
-    """Cut the inner channels that masks switch off out of a slimmable model.
+    """Cut the inner channels and the empty blocks of masks out of a slimmable model.
 
-    Of a body that is switched off altogether one channel stays, held at zero; grouped
-    convolutions stay as they are.
+    Of a body that is switched off in a block that must stay one channel stays, held at zero;
+    grouped convolutions stay as they are.
 
     Args:
         slim: The slimmable model that the masks were selected from, with or without them;
@@ -30,13 +35,20 @@ def narrow(slim: fx.GraphModule, masks: Masks) -> Masks:
     Returns:
         The masks of the channels that the model still has.
     """
-    keep = dict(masks.keep)
-    for block in parse(slim).blocks:
+    for block, relu, _ in reversed(empty_blocks(parse(slim), masks.keep)):
+        relu.node.replace_all_uses_with(block.fork)
+    slim.graph.eliminate_dead_code()
+    slim.delete_all_unused_submodules()
+    slim.recompile()
+    chain = parse(slim)
+    present = {layer.name for layer in chain.layers()}
+    keep = {name: mask for name, mask in masks.keep.items() if name in present}
+    for block in chain.blocks:
         for unit, follower in pairwise(split_units(block.body)):
             if unit.bn is None or unit.kernel.groups > 1 or follower.kernel.groups > 1:
                 continue
             mask = masks.keep[unit.bn.name]
-            _cut(unit, follower, survivors(mask))
+            _cut_between(unit, follower, survivors(mask))
             keep[unit.bn.name] = mask[survivors(mask)]
     return Masks(keep, masks.forced)
 
@@ -48,13 +60,30 @@ def widen(masks: Masks, before: Masks) -> Masks:
         masks: Of the narrowed model.
         before: The masks that it was narrowed by.
     """
-    keep = {}
+    keep = dict(before.keep)  # blocks that are gone have no masks any more
     for name, mask in masks.keep.items():
         if len(mask) == len(before.keep[name]):
             keep[name] = mask & before.keep[name]
         else:
             keep[name] = torch.zeros_like(before.keep[name])
             keep[name][survivors(before.keep[name])] = mask
+    return Masks(keep, masks.forced)
+
+
+def cut(masks: Masks, slim: fx.GraphModule, before: Masks) -> Masks:
+    """What is left of masks for a narrowed model: the reverse of `widen`.
+
+    Args:
+        masks: Of the model that it was narrowed from.
+        slim: The narrowed model.
+        before: The masks that it was narrowed by.
+    """
+    bns = {n: m for n, m in slim.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    keep = {
+        name: mask if len(mask) == bns[name].num_features else mask[survivors(before.keep[name])]
+        for name, mask in masks.keep.items()
+        if name in bns
+    }
     return Masks(keep, masks.forced)
 
 
@@ -65,7 +94,7 @@ def survivors(mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _cut(unit: Unit, follower: Unit, kept: Tensor) -> None:
+def _cut_between(unit: Unit, follower: Unit, kept: Tensor) -> None:
     assert unit.bn is not None
     assert isinstance(unit.bn.module, nn.BatchNorm2d)
     _take(unit.kernel, kept)
@@ -90,3 +119,53 @@ def _take(module: nn.Module, kept: Tensor) -> None:
         for name, buffer in list(owner.named_buffers(recurse=False)):
             if buffer.ndim:
                 setattr(owner, name, buffer[kept.to(buffer.device)].clone())
+
+
+@torch.no_grad()
+def move_statistics(
+    narrowed: fx.GraphModule,
+    slim: fx.GraphModule,
+    masks: Masks,
+    calibration_batches: Iterable[Tensor],
+) -> None:
+    """Give a masked and narrowed model the BN statistics that it has now.
+
+    A switched-off channel leaves a constant, which the next BN has in its running mean. The
+    statistics move by what the calibration batches show of the difference between the models:
+    where masks change nothing, nothing moves.
+
+    Args:
+        narrowed: `slim` after `rmprune.apply_masks` and `narrow`, in evaluation mode; changed
+            in place.
+        slim: The model before.
+        masks: Those that were applied.
+        calibration_batches: Normalised images, ``(N, C, H, W)`` each.
+    """
+    batches = list(calibration_batches)
+    before, after = (_with_batch_statistics(model, batches) for model in (slim, narrowed))
+    narrow(before, masks)
+    for name, (mean, var) in _statistics(after).items():
+        bn = narrowed.get_submodule(name)
+        old_mean, old_var = _statistics(before)[name]
+        assert isinstance(bn, nn.BatchNorm2d)
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        bn.running_mean.add_(mean - old_mean)
+        bn.running_var.mul_((var + bn.eps) / (old_var + bn.eps))
+
+
+def _with_batch_statistics(model: fx.GraphModule, batches: Sequence[Tensor]) -> fx.GraphModule:
+    """The model with the mean and variance that each BN sees, all normalising by the batch."""
+    model = copy.deepcopy(model)
+    update_bn(batches, model)
+    return model
+
+
+def _statistics(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    return {
+        name: (module.running_mean, module.running_var)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+        and module.running_mean is not None
+        and module.running_var is not None
+    }

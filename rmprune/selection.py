@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
-from torch.optim.swa_utils import update_bn
 
 from rmprune.blocks import Unit, split_units
 from rmprune.costs import Lowering
 from rmprune.errors import PruningError, UsageError
 from rmprune.graph import Block, Layer, PadChannels, Subsample, parse
+from rmprune.holding import hold, parameter, release
 from rmprune.layers import is_depthwise
 from rmprune.norms import fold_shortcut
+from rmprune.passing import empty_blocks, pass_on
 
 
 @dataclass(frozen=True)
@@ -259,19 +258,6 @@ def _receiver(block: Block) -> nn.BatchNorm2d | None:
     return tail[-1] if tail and isinstance(tail[-1], nn.BatchNorm2d) else None
 
 
-class _Held(nn.Module):
-    """Keeps the switched-off channels of a parameter at exactly zero, at every step."""
-
-    mask: Tensor
-
-    def __init__(self, mask: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mask", mask)
-
-    def forward(self, values: Tensor) -> Tensor:
-        return values * self.mask
-
-
 def apply_masks(slim: fx.GraphModule, masks: Masks) -> None:
     """Switch channels off, and keep them off whatever an optimizer does.
 
@@ -279,7 +265,8 @@ def apply_masks(slim: fx.GraphModule, masks: Masks) -> None:
     momentum nor weight decay revives it), and then contributes exactly nothing: removing it
     later changes no output. The constant β that a switched-off shortcut channel would leave
     moves to the next BN behind it, and that of a block's last BN to a shortcut that keeps the
-    channel. Masks may be applied again; the new ones replace the old.
+    channel. A block without a body becomes the identity where it can; see `rmprune.passing`.
+    Masks may be applied again; the new ones replace the old.
 
     Args:
         slim: The slimmable model that the masks were selected from; changed in place.
@@ -295,7 +282,7 @@ def apply_masks(slim: fx.GraphModule, masks: Masks) -> None:
         if not isinstance(bn, nn.BatchNorm2d) or bn.num_features != len(mask):
             raise PruningError(f"the masks are of another model: {name!r} does not fit")
     for name in bns:
-        _release(slim.get_submodule(name))
+        release(slim.get_submodule(name))
     for block in chain.blocks:
         if block.shortcut and block.shortcut[0].name in masks.keep:
             _move_constants(block, masks.keep[block.shortcut[0].name])
@@ -303,44 +290,9 @@ def apply_masks(slim: fx.GraphModule, masks: Masks) -> None:
     for name, mask in masks.keep.items():
         bn = slim.get_submodule(name)
         assert isinstance(bn, nn.BatchNorm2d)
-        _hold(bn, mask)
-
-
-def _hold(bn: nn.BatchNorm2d, mask: Tensor) -> None:
-    for name in ("weight", "bias"):
-        if parametrize.is_parametrized(bn, name):
-            _held(bn, name).mask.copy_(mask)
-        else:
-            held = _Held(mask.to(getattr(bn, name)))
-            parametrize.register_parametrization(bn, name, held)
-    bn.train(bn.training)  # new parametrizations come in training mode
-
-
-@torch.no_grad()
-def _release(bn: nn.Module) -> None:
-    """Let go of what masks hold, at the values that it has.
-
-    The parametrizations stay: torch takes them from a module's class, which copies share.
-    """
-    for name in ("weight", "bias"):
-        if parametrize.is_parametrized(bn, name):
-            held = _held(bn, name)
-            _parameter(bn, name).mul_(held.mask)
-            held.mask.fill_(1)
-
-
-def _held(bn: nn.Module, name: str) -> _Held:
-    parametrizations = bn.get_submodule(f"parametrizations.{name}")
-    assert isinstance(parametrizations, nn.ModuleList)
-    held = parametrizations[0]
-    assert isinstance(held, _Held)
-    return held
-
-
-def _parameter(bn: nn.Module, name: str) -> Tensor:
-    """What can be changed in place, whether masks hold it or not."""
-    held = parametrize.is_parametrized(bn, name)
-    return bn.get_parameter(f"parametrizations.{name}.original" if held else name)
+        hold(bn, mask)
+    for block, _, makers in reversed(empty_blocks(chain, masks.keep)):
+        pass_on(block, makers)
 
 
 @torch.no_grad()
@@ -360,8 +312,8 @@ def _move_constants(block: Block, keep: Tensor) -> None:
         before.append(module)
     else:
         moved = fold_shortcut(remainder, len(constants), constants).weight @ constants
-        _parameter(last, "bias").add_(moved)
-    _parameter(head, "bias").sub_(constants)
+        parameter(last, "bias").add_(moved)
+    parameter(head, "bias").sub_(constants)
 
 
 @torch.no_grad()
@@ -378,46 +330,5 @@ def _move_offsets(block: Block, keep: Mapping[str, Tensor]) -> None:
     offsets = bn.bias * ~keep[last.name].to(bn.bias.device)
     matrix = fold_shortcut(behind, receiver.num_features, offsets).weight
     carried = matrix * keep[names[0]].to(matrix)
-    _parameter(receiver, "bias").add_(offsets @ carried)
-    _parameter(bn, "bias").sub_(offsets * (carried != 0).any(1))
-
-
-@torch.no_grad()
-def move_statistics(
-    masked: fx.GraphModule, slim: fx.GraphModule, calibration_batches: Iterable[Tensor]
-) -> None:
-    """Give a masked model the BN statistics that it has now.
-
-    A switched-off channel leaves a constant, which the next BN has in its running mean. The
-    statistics move by what the calibration batches show of the difference between the models:
-    where masks change nothing, nothing moves.
-
-    Args:
-        masked: `slim` after `apply_masks`, in evaluation mode; changed in place.
-        slim: The model before.
-        calibration_batches: Normalised images, ``(N, C, H, W)`` each.
-    """
-    batches = list(calibration_batches)
-    before, after = (_batch_statistics(model, batches) for model in (slim, masked))
-    for name, (mean, var) in after.items():
-        bn = masked.get_submodule(name)
-        old_mean, old_var = before[name]
-        assert isinstance(bn, nn.BatchNorm2d)
-        assert bn.running_mean is not None
-        assert bn.running_var is not None
-        bn.running_mean.add_(mean - old_mean)
-        bn.running_var.mul_((var + bn.eps) / (old_var + bn.eps))
-
-
-def _batch_statistics(
-    model: fx.GraphModule, batches: Sequence[Tensor]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance that each BN sees, all of them normalising by the batch."""
-    model = copy.deepcopy(model)
-    update_bn(batches, model)
-    bns = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d))
-    return {
-        name: (bn.running_mean, bn.running_var)
-        for name, bn in bns
-        if bn.running_mean is not None and bn.running_var is not None
-    }
+    parameter(receiver, "bias").add_(offsets @ carried)
+    parameter(bn, "bias").sub_(offsets * (carried != 0).any(1))
