@@ -568,7 +568,10 @@ def _largest_within_budget(
     if config.lowering == "plain":
         return checkpoint
     if choose is not likeliest:
-        checkpoint = within(deploy(checkpoint, choose).info["lowering"])
+        checkpoint = replace(checkpoint, forms=deploy(checkpoint, choose).info["lowering"])
+        least = target.value * (1 - TOLERANCE[target.kind])
+        if not least <= ratio(checkpoint) <= target.value:
+            checkpoint = within(checkpoint.forms)
     return replace(checkpoint, forms=deploy(checkpoint, likeliest).info["lowering"])
 
 

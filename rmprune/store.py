@@ -399,6 +399,11 @@ def _read_safetensors(path: Path) -> bytes:
             "it is a pickle or a checkpoint of torch.save, which could run code; nothing in it was "
             "executed; give the .safetensors file of a net that rmprune saved"
         )
+    if path.suffix == ".onnx":
+        raise StoreError(
+            "ONNX files can be timed by `rmprune bench`, but nothing else; give the .safetensors "
+            "file that it was exported from"
+        )
     raise StoreError(
         "it is not a safetensors file, or is cut off; give the file of a net that rmprune saved"
     )

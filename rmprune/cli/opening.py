@@ -1,0 +1,103 @@
+"""Files, folders and data that commands are given."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+import torch
+
+from rmprune import runs
+from rmprune.cli.words import progress_bar
+from rmprune.data import Dataset, load_data
+from rmprune.errors import UsageError
+from rmprune.models import create_model
+from rmprune.store import load
+from rmprune.training import total_step_size
+
+
+def load_images(config: runs.SlimConfig, task: runs.Task | None = None) -> Dataset:
+    """Load the data; it must have the classes of the task, if there is one."""
+    data = load_data(
+        config.data,
+        root=Path(config.data_root),
+        image_size=config.image_size,
+        track=progress_bar,
+    )
+    if task is not None and tuple(task.classes) != data.classes:
+        raise UsageError(
+            f"the net was trained for the classes {_shortened(task.classes)}, but {config.data} "
+            f"has {_shortened(data.classes)}; give its data by --data"
+        )
+    return data
+
+
+def _shortened(classes: tuple[str, ...]) -> str:
+    return ", ".join(classes[:3]) + (", …" if len(classes) > 3 else "")
+
+
+def begin(out: Path, resume: bool, config: runs.SlimConfig) -> Dataset:
+    """Load the data of a run, once it is clear that the run can begin.
+
+    The folder must hold no other run, and with ``--resume`` may hold the same one.
+    """
+    found = runs.read_config(out)
+    if found is not None and (out / "sparse.pt").exists():
+        check_same(found, config, out, resume)
+    elif resume:
+        click.echo(f"rmprune: note: {out} holds no run to resume; a new one begins", err=True)
+    runs.pick_device(config.device)
+    if config.weights is None:
+        create_model(config.model)
+    data = load_images(config)
+    _hint_at_reach(config, data)
+    return data
+
+
+def check_same(found: runs.SlimConfig, config: runs.SlimConfig, folder: Path, resume: bool) -> None:
+    """Refuse to go on with a run of other settings, or without ``--resume``."""
+    if not resume:
+        raise UsageError(f"{folder} holds a run; --resume goes on with it, or name another --out")
+    changed = [
+        f"--{field.name.replace('_', '-')} was {getattr(found, field.name)}"
+        for field in dataclasses.fields(config)
+        if getattr(found, field.name) != getattr(config, field.name)
+    ]
+    if changed:
+        raise UsageError(f"{folder} holds a run with other settings: {', '.join(changed)}")
+
+
+def net_of(path: Path) -> Path:
+    """The file that a path names: of a run's folder, the net that came out."""
+    if not path.is_dir():
+        return path
+    net = path / "net.safetensors"
+    if not net.exists():
+        raise UsageError(f"{path} has no net.safetensors; name a file, or finish the run")
+    return net
+
+
+def open_net(file: Path) -> tuple[torch.nn.Module, runs.Task | None, runs.SlimConfig]:
+    """A network from a file, what it was trained for, and its run's settings."""
+    if file.suffix == ".pt":
+        checkpoint = runs.Checkpoint.load(file)
+        return checkpoint.build(), checkpoint.task, checkpoint.config
+    net = load(file)
+    task = runs.task_of(net)
+    if task is None:
+        return net, None, runs.SlimConfig()
+    size = net.info.get("image_size")
+    return net, task, runs.SlimConfig(data=task.data, image_size=size)
+
+
+def _hint_at_reach(config: runs.SlimConfig, data: Dataset) -> None:
+    """Say so, before training, if the penalty cannot bring a scale of 1 under the threshold."""
+    reach = config.sparsity * total_step_size(config.training(), data)
+    if config.sparsity > 0 and reach < 1:
+        click.echo(
+            f"rmprune: note: in this training the penalty moves a scale by {reach:.2g} at most, "
+            "and scales begin near 1, so few channels or none will be switched off; "
+            "a larger --sparsity or more --epochs reach further",
+            err=True,
+        )

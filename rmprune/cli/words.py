@@ -1,0 +1,27 @@
+"""What commands say while they work, and about a net."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from rmprune import reports
+from rmprune.plain import PlainNet
+
+T = TypeVar("T")
+
+
+def progress_bar(iterable: Iterable[T], length: int, label: str) -> Iterator[T]:
+    """Show a bar with the time left; on a pipe, only the label."""
+    with click.progressbar(iterable, length=length, label=label) as bar:
+        yield from bar
+
+
+def say_size(net: PlainNet, path: Path) -> None:
+    """Tell the parameters and the MACs of a net that lies at a path."""
+    table = reports.layer_table(net)
+    params, macs = int(table["params"].sum()), int(table["macs"].sum())
+    click.echo(f"{path}: {params:,} parameters, {macs / 1e6:.2f} MMACs an image")
