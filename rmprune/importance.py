@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from rmprune.blocks import split_units
+from rmprune.blocks import inner_bns, split_units
 from rmprune.costs import Lowering
 from rmprune.graph import Block, parse
 from rmprune.narrowing import narrow, survivors
@@ -86,6 +86,29 @@ def by_loss(
         search.take(step, taken)
         heapq.heappush(waiting, (-math.inf, -1, place))
     return search.scores
+
+
+def spare(
+    scores: Mapping[str, Tensor], slim: fx.GraphModule, times: Mapping[str, int], round_to: int
+) -> dict[str, Tensor]:
+    """Scores of `by_loss` with which BNs stay that were to go.
+
+    Args:
+        scores: ``(channels,)`` by path of a BN.
+        slim: The model that they are of.
+        times: How often a BN was spared. At first the inner channels of a block keep their
+            better half, then all stay.
+        round_to: Of so many channels the half is a multiple.
+    """
+    inner, scales = inner_bns(parse(slim)), scales_of(slim)
+    spared = dict(scores)
+    for name, count in times.items():
+        size = len(scores[name])
+        kept = math.ceil(size * (1 - SHARE) / round_to) * round_to if name in inner else size
+        kept = size if count > 1 else min(kept, size)
+        spared[name] = scores[name].clone()
+        spared[name][scales[name].cpu().topk(kept).indices] = math.inf
+    return spared
 
 
 @dataclass(frozen=True)

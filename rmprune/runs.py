@@ -15,7 +15,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -40,7 +41,7 @@ from rmprune.costs import (
 from rmprune.data import Dataset, calibration_images, eval_batches, hold_out
 from rmprune.errors import PruningError, StoreError, UsageError
 from rmprune.graph import parse
-from rmprune.importance import Importance, by_loss, by_scale
+from rmprune.importance import Importance, by_loss, by_scale, spare
 from rmprune.lowering import Choose, Form, fastest, likeliest, lower
 from rmprune.measure import count_macs, count_params, evaluate
 from rmprune.models import create_model
@@ -76,6 +77,7 @@ from rmprune.training import (
 Scope = Literal["all", "inner"]
 CALIBRATION_IMAGES = 1024
 IMPORTANCE_BATCHES = 2  # of 256 images
+NOTHING: Mapping[str, int] = {}
 DETOURS = 2  # around steps that pass a target by far
 PLAIN_LR = 5e-4  # at 5e-3 a pruned net of 99.7 % on the digits falls to 61 % in two epochs
 
@@ -496,10 +498,10 @@ def _masked_within(
         scores = by_scale(slim, savings)
     thresholds = thresholds_of(scores)
 
-    def masked(threshold: float, spared: Collection[str] = ()) -> Checkpoint:
+    def masked(threshold: float, spared: Mapping[str, int] = NOTHING) -> Checkpoint:
         left = scores
         if config.importance == "loss":  # one channel of a body that was to go is worth nothing
-            left = {n: torch.full_like(s, math.inf) if n in spared else s for n, s in left.items()}
+            left = spare(scores, slim, spared, config.round_to)
         masks = select(
             slim,
             threshold,
@@ -524,7 +526,7 @@ def _masked_within(
 
 
 class _Masked(Protocol):
-    def __call__(self, threshold: float, spared: Collection[str] = ()) -> Checkpoint:
+    def __call__(self, threshold: float, spared: Mapping[str, int] = NOTHING) -> Checkpoint:
         """The model with the channels under a threshold switched off."""
 
 
@@ -541,7 +543,7 @@ def _largest_within_budget(
         return deployed_ratio(target.kind, checkpoint, deploy(checkpoint, likeliest))
 
     def within(forms: dict[str, Form] | None) -> Checkpoint:
-        def search_with(spared: Collection[str]) -> tuple[Checkpoint, Checkpoint | None]:
+        def search_with(spared: Mapping[str, int]) -> tuple[Checkpoint, Checkpoint | None]:
             return search(
                 thresholds,
                 lambda threshold: replace(masked(threshold, spared), forms=forms),
@@ -550,13 +552,13 @@ def _largest_within_budget(
                 TOLERANCE[target.kind],
             )
 
-        found, above = latest, _ = search_with(())
-        spared: set[str] = set()
+        found, above = latest, _ = search_with(NOTHING)
+        spared: Counter[str] = Counter()
         for _ in range(DETOURS):
             if above is None:
                 break
             # One step more passes the target by far: go without it, and take others instead.
-            spared |= _changed(latest, above, config.importance)
+            spared.update(_changed(latest, above, config.importance))
             try:
                 latest, above = search_with(spared)
             except PruningError:

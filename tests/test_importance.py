@@ -15,7 +15,7 @@ from rmprune.blocks import inner_bns
 from rmprune.costs import channel_savings, counted
 from rmprune.errors import UsageError
 from rmprune.graph import parse
-from rmprune.importance import _Search, by_loss, by_scale
+from rmprune.importance import _Search, by_loss, by_scale, spare
 from rmprune.models import create_model
 from rmprune.runs import check_importance
 from rmprune.selection import select
@@ -81,6 +81,19 @@ def test_channels_go_in_multiples(slim, savings):
         for threshold in torch.unique(scores[name]).tolist():
             masks = select(slim, threshold, scores=scores, lowering="auto", round_to=16)
             assert int(masks.keep[name].sum()) % 16 == 0
+
+
+def test_what_is_spared_keeps_its_better_half_then_all(slim):
+    scores = {name: torch.ones(len(scale)) for name, scale in scales_of(slim).items()}
+    once = spare(scores, slim, {"layer2.1.bn1": 1, "layer2.1.bn2": 1, "layer1.0.bn1": 1}, 16)
+    kept = torch.isinf(once["layer2.1.bn1"])
+    assert kept.sum() == 16
+    scale = scales_of(slim)["layer2.1.bn1"]
+    assert scale[kept].min() >= scale[~kept].max()
+    assert torch.isinf(once["layer2.1.bn2"]).all()
+    assert torch.isinf(once["layer1.0.bn1"]).all()  # half of 16 is no multiple of 16
+    assert torch.isinf(spare(scores, slim, {"layer2.1.bn1": 2}, 16)["layer2.1.bn1"]).all()
+    assert torch.isfinite(scores["layer2.1.bn1"]).all()
 
 
 def test_reserved_channels_cost_plain_nets_only(slim, savings):

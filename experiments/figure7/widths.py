@@ -23,14 +23,19 @@ def net_of(width: int) -> nn.Sequential:
     return nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
 
 
-rows = []
-for backend in installed():
-    platform = Platform(backend)
-    for width in WIDTHS:
-        example = torch.zeros(1, width, 32, 32)
-        timing = time_deployed({"net": net_of(width)}, example, platform, warn=False)["net"]
-        figures = {"width": width, "latency_ms": timing.median_ms, "iqr_ms": timing.iqr_ms}
-        rows.append({**figures, **environment(platform)})
-table = pd.DataFrame(rows)
-write_csv(table, Path(__file__).with_name("widths.csv"))
-print(table.pivot(index="width", columns="backend", values="latency_ms").round(3))
+def main() -> None:
+    rows = []
+    for backend in installed():
+        platform = Platform(backend)
+        for width in WIDTHS:
+            example = torch.zeros(1, width, 32, 32)
+            timing = time_deployed({"net": net_of(width)}, example, platform, warn=False)["net"]
+            figures = {"width": width, "latency_ms": timing.median_ms, "iqr_ms": timing.iqr_ms}
+            rows.append({**figures, **environment(platform)})
+    table = pd.DataFrame(rows)
+    write_csv(table, Path(__file__).with_name("widths.csv"))
+    print(table.pivot(index="width", columns="backend", values="latency_ms").round(3))
+
+
+if __name__ == "__main__":
+    main()

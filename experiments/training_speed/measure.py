@@ -20,7 +20,7 @@ from rmprune.data import Dataset, Split, load_data
 from rmprune.models import create_model
 from rmprune.reports import environment
 from rmprune.runs import calibration_batches
-from rmprune.slimming import Penalty, add_shortcut_bn, penalty_weights, scale_parameters
+from rmprune.slimming import Penalty, add_shortcut_bn, scale_parameters
 from rmprune.training import TrainingConfig, fit
 
 BATCH_SIZE = 128
@@ -73,8 +73,8 @@ def main(spec: str, steps: int, rounds: int) -> None:
 
     def slimmable() -> tuple[nn.Module, Penalty]:
         slim = add_shortcut_bn(residual(), calibration_batches(data, CPU))
-        weights = penalty_weights(slim, torch.zeros(1, 3, 32, 32), "macs")
-        return slim, Penalty(scale_parameters(slim), 1e-4, weights)
+        scales = scale_parameters(slim)
+        return slim, Penalty(scales, 1e-4, dict.fromkeys(scales, 1.0))
 
     by_hand, by_hand_slim, float32 = residual(), slimmable()[0], residual()
     loops = {
