@@ -14,7 +14,8 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from rmprune import runs, sweep
+from rmprune import sweep
+from rmprune.checkpoints import read_config
 from rmprune.errors import UsageError
 from rmprune.models import create_model
 from rmprune.plain import PlainNet
@@ -121,7 +122,7 @@ def _sweep_point(net: str, own: pd.DataFrame) -> dict[str, Any]:
 
 def _run_content(folder: Path) -> dict[str, Any]:
     table = pd.read_csv(folder / "report.csv")
-    config = runs.read_config(folder)
+    config = read_config(folder)
     assert config is not None
     axes = [
         {"key": "speedup", "label": AXES["speedup"][0], "larger": True},

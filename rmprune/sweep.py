@@ -21,8 +21,9 @@ import pandas as pd
 import torch
 from torch import nn
 
-from rmprune import runs
+from rmprune import pruning, runs
 from rmprune.backends import Backend, Platform, time_deployed
+from rmprune.checkpoints import Checkpoint, SlimConfig, Task, deploy, pick_device, trained_model
 from rmprune.data import Dataset
 from rmprune.errors import UsageError
 from rmprune.measure import count_macs, count_params, evaluate
@@ -37,7 +38,6 @@ from rmprune.rivals import (
     prune_until,
     with_convolved_shortcuts,
 )
-from rmprune.runs import Checkpoint, SlimConfig, Task
 from rmprune.store import load, load_tensors, read_json, save, save_tensors, write_csv, write_json
 from rmprune.targets import Target
 
@@ -85,7 +85,7 @@ class Sweep:
             raise UsageError("a sweep needs levels to prune to: --threshold or --target")
         for level in self.levels:
             if level.startswith("threshold="):
-                runs.check_importance(self.base.importance)
+                pruning.check_importance(self.base.importance)
             else:
                 Target.parse(level)
 
@@ -219,7 +219,7 @@ def _add_original(folder: Path, config: SlimConfig, data: Dataset) -> None:
     config = replace(config, sparsity=0.0, seed=0)
     if config.weights is None or _is_done(folder, "original", config, "original"):
         return
-    model = runs.trained_model(config, len(data.classes)).eval()
+    model = trained_model(config, len(data.classes)).eval()
     row = _measured(model, config, data, "residual", f"{config.model}-original.safetensors")
     save_tensors(model.state_dict(), folder / "nets" / row["net"])
     _append(folder, {**_key("original", config, "original"), **row})
@@ -231,7 +231,7 @@ def _train(
     """The training of a method, from where it stands."""
     if method in ("rm", "slimming"):
         return runs.train(place, config, data, track)
-    device = runs.pick_device(config.device)
+    device = pick_device(config.device)
     torch.manual_seed(config.seed)
     model = _rival_model(config, len(data.classes)).to(device)
     example = Task.of(data).example_input(device)
@@ -250,7 +250,7 @@ def _rival(method: Method) -> Rival:
 
 
 def _rival_model(config: SlimConfig, classes: int) -> nn.Module:
-    return with_convolved_shortcuts(runs.trained_model(config, classes).eval())
+    return with_convolved_shortcuts(trained_model(config, classes).eval())
 
 
 def _point(
@@ -273,7 +273,7 @@ def _point(
     finished = runs.prune_and_finetune(here, trained, config, data, track)
     found = {config.lowering: load(here / "net.safetensors")}
     if method == "rm" and config.lowering == "auto":
-        found["plain"] = runs.deploy(replace(finished, config=replace(config, lowering="plain")))
+        found["plain"] = deploy(replace(finished, config=replace(config, lowering="plain")))
     rows = []
     for lowering, net in found.items():
         save(net, nets / f"{name}-{lowering}.safetensors")
@@ -289,7 +289,7 @@ def _pruned_rival(
     data: Dataset,
     track: Track,
 ) -> nn.Module:
-    device = runs.pick_device(config.device)
+    device = pick_device(config.device)
     example = trained.task.example_input()
     model = _rival_model(config, len(data.classes))
     model.load_state_dict(trained.model)
@@ -300,7 +300,7 @@ def _pruned_rival(
         target = Target.parse(config.target)
         if target.kind == "accuracy-drop":
             raise UsageError("Torch-Pruning's pruners are compared by thresholds and costs only")
-        return runs.deployed_ratio(target.kind, trained, smaller) <= target.value
+        return pruning.deployed_ratio(target.kind, trained, smaller) <= target.value
 
     smaller = prune_until(model, example, rival, enough, config.round_to).to(device)
     start = Checkpoint(f"{rival} pruned", config, trained.task, smaller.state_dict())
@@ -318,7 +318,7 @@ def _measured(
     example = Task.of(data).example_input()
     original = create_model(config.model, num_classes=len(data.classes)).eval()
     params, macs = count_params(model), count_macs(model, example)
-    device = runs.pick_device(config.device)
+    device = pick_device(config.device)
     correct, images = evaluate(
         model.to(device), data.test, mean=data.mean, std=data.std, device=device
     )

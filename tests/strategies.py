@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rmprune.runs import SlimConfig
+from rmprune.checkpoints import SlimConfig
 
 SHORT = SlimConfig(  # of a run that takes seconds and is the same on every machine
     epochs=1,

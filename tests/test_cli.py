@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 import rmprune
+from rmprune.checkpoints import Checkpoint
 from rmprune.cli import main
 from rmprune.models import create_model
-from rmprune.runs import Checkpoint
 from rmprune.store import load
 
 README = Path(__file__).parents[1] / "README.md"

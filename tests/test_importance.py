@@ -17,7 +17,7 @@ from rmprune.errors import UsageError
 from rmprune.graph import parse
 from rmprune.importance import _Search, by_loss, by_scale, spare
 from rmprune.models import create_model
-from rmprune.runs import check_importance
+from rmprune.pruning import check_importance
 from rmprune.selection import select
 from rmprune.slimming import add_shortcut_bn, scales_of
 

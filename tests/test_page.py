@@ -13,8 +13,8 @@ from strategies import SHORT
 from rmprune import page as pages
 from rmprune import runs, sweep
 from rmprune.backends import Platform
+from rmprune.checkpoints import SlimConfig, Task
 from rmprune.errors import UsageError
-from rmprune.runs import SlimConfig, Task
 
 CONFIG = dataclasses.replace(SHORT, threshold=0.3)
 pytestmark = pytest.mark.filterwarnings("ignore::rmprune.measure.WideSpreadWarning")
@@ -77,7 +77,7 @@ def test_a_sweep_s_page(sweep_folder):
 
 def test_names_cannot_leave_the_data(run_folder, monkeypatch):
     monkeypatch.setattr(
-        pages.runs,
+        pages,
         "read_config",
         lambda _: SlimConfig(data="folder:</script><script>alert(1)</script>"),
     )

@@ -14,7 +14,7 @@ import torch
 from strategies import SHORT
 from torch import nn
 
-from rmprune import runs, store
+from rmprune import checkpoints, pruning, runs, store
 from rmprune.data import hold_out
 from rmprune.errors import PruningError, StoreError, TrainingError, UsageError
 from rmprune.measure import count_macs, evaluate
@@ -36,7 +36,7 @@ def run(tiny, tmp_path_factory):
     """A whole run; its folder, and its checkpoints."""
     folder = tmp_path_factory.mktemp("run")
     sparse = runs.train(folder, CONFIG, tiny)
-    masked = runs.prune(sparse, CONFIG, folder, tiny)
+    masked = pruning.prune(sparse, CONFIG, folder, tiny)
     finetuned = runs.finetune(folder, masked, CONFIG, tiny)
     return folder, sparse, masked, finetuned
 
@@ -75,8 +75,8 @@ def test_the_net_is_the_finetuned_model_without_residuals(run, tiny):
     x = torch.randn(4, *tiny.image_shape)
     expected = residual(x)
     torch.testing.assert_close(net(x), expected, rtol=0, atol=1e-4 * expected.abs().max().item())
-    task = runs.task_of(net)
-    assert task == runs.Task.of(tiny)
+    task = checkpoints.task_of(net)
+    assert task == checkpoints.Task.of(tiny)
     found = evaluate(net, tiny.test, mean=task.mean, std=task.std, device="cpu")
     assert found == evaluate(residual, tiny.test, mean=task.mean, std=task.std, device="cpu")
 
@@ -96,11 +96,11 @@ def test_finetuning_holds_the_masks(run):
 
 def test_pruning_again_needs_no_training(run, tiny, tmp_path):
     _, sparse, masked, _ = run
-    again = runs.prune(sparse, CONFIG, tmp_path, tiny)
+    again = pruning.prune(sparse, CONFIG, tmp_path, tiny)
     states_equal(again.model, masked.model)
     sizes = []
     for threshold in (0.0, 0.5, 0.9):
-        runs.prune(sparse, dataclasses.replace(CONFIG, threshold=threshold), tmp_path, tiny)
+        pruning.prune(sparse, dataclasses.replace(CONFIG, threshold=threshold), tmp_path, tiny)
         sizes.append(sum(p.numel() for p in load(tmp_path / "pruned.safetensors").parameters()))
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > sizes[-1]
@@ -117,18 +117,18 @@ def test_stopped_runs_go_on_bit_for_bit(stage, run, tiny, tmp_path, monkeypatch)
         original(self, path)
         raise StopError
 
-    original = runs.Checkpoint.save
+    original = checkpoints.Checkpoint.save
 
     def go():
         if stage == "sparse":
             return runs.train(tmp_path, CONFIG, tiny)
         return runs.finetune(tmp_path, masked, CONFIG, tiny)
 
-    monkeypatch.setattr(runs.Checkpoint, "save", save_once)
+    monkeypatch.setattr(checkpoints.Checkpoint, "save", save_once)
     with pytest.raises(StopError):
         go()
-    monkeypatch.setattr(runs.Checkpoint, "save", original)
-    assert runs.Checkpoint.load(tmp_path / f"{stage}.pt").epoch == 1
+    monkeypatch.setattr(checkpoints.Checkpoint, "save", original)
+    assert checkpoints.Checkpoint.load(tmp_path / f"{stage}.pt").epoch == 1
 
     resumed = go()
 
@@ -141,7 +141,7 @@ def test_stopped_runs_go_on_bit_for_bit(stage, run, tiny, tmp_path, monkeypatch)
 def test_a_checkpoint_survives_being_saved(run, tmp_path):
     for checkpoint in run[1:]:
         checkpoint.save(tmp_path / "x.pt")
-        loaded = runs.Checkpoint.load(tmp_path / "x.pt")
+        loaded = checkpoints.Checkpoint.load(tmp_path / "x.pt")
         states_equal(loaded.model, checkpoint.model)
         assert loaded.config == checkpoint.config
         assert loaded.task == checkpoint.task
@@ -165,12 +165,12 @@ def test_kill_9_loses_at_most_an_epoch(image_folder, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = runs.Checkpoint.load(tmp_path / "killed" / "sparse.pt").epoch
+    done = checkpoints.Checkpoint.load(tmp_path / "killed" / "sparse.pt").epoch
     assert 3 <= done < 8
     subprocess.run(command(*words, tmp_path / "killed", "--resume"), env=environment, check=True)
 
     whole, resumed = (
-        runs.Checkpoint.load(tmp_path / name / "sparse.pt") for name in ("whole", "killed")
+        checkpoints.Checkpoint.load(tmp_path / name / "sparse.pt") for name in ("whole", "killed")
     )
     states_equal(resumed.model, whole.model)
     states_equal(resumed.optimizer, whole.optimizer)
@@ -207,7 +207,7 @@ def test_distilling_runs_learn_from_their_weights(tiny, tmp_path):
     for distill in (False, True):
         changed, folder = dataclasses.replace(config, distill=distill), tmp_path / str(distill)
         sparse = runs.train(folder, changed, tiny)
-        masked = runs.prune(sparse, changed, folder, tiny)
+        masked = pruning.prune(sparse, changed, folder, tiny)
         finetuned = runs.finetune(folder, masked, changed, tiny)
         losses.append([sparse.history[-1]["loss"], finetuned.history[-1]["loss"]])
     assert losses[0][0] != losses[1][0]
@@ -216,7 +216,7 @@ def test_distilling_runs_learn_from_their_weights(tiny, tmp_path):
 
 def test_distilling_needs_weights():
     with pytest.raises(UsageError, match="--weights"):
-        runs.SlimConfig(distill=True)
+        checkpoints.SlimConfig(distill=True)
 
 
 def test_plain_finetuning_frees_every_weight_and_folds_again(run, tiny, tmp_path):
@@ -243,7 +243,7 @@ def test_no_epochs_keep_the_model(tiny, tmp_path):
     sparse = runs.train(tmp_path, config, tiny)
     finetuned = runs.finetune(
         tmp_path,
-        runs.prune(sparse, dataclasses.replace(config, threshold=0.0), tmp_path, tiny),
+        pruning.prune(sparse, dataclasses.replace(config, threshold=0.0), tmp_path, tiny),
         config,
         tiny,
     )
@@ -255,32 +255,32 @@ def test_no_epochs_keep_the_model(tiny, tmp_path):
 
 
 def test_calibration_is_the_same_every_time(tiny):
-    first, second = (runs.calibration_batches(tiny, torch.device("cpu")) for _ in range(2))
+    first, second = (checkpoints.calibration_batches(tiny, torch.device("cpu")) for _ in range(2))
     states_equal(first, second)
 
 
 def test_unusable_device():
     with pytest.raises(UsageError, match="device 'warp:9' cannot be used here"):
-        runs.pick_device("warp:9")
+        checkpoints.pick_device("warp:9")
 
 
 @pytest.mark.parametrize("name", ["sparsity", "threshold"])
 def test_negative_settings(name):
     with pytest.raises(UsageError, match=f"{name} must be finite and not negative, but it is -1"):
-        runs.SlimConfig(**{name: -1})
+        checkpoints.SlimConfig(**{name: -1})
 
 
 def test_other_checkpoints_are_refused(tmp_path):
     store.save_checkpoint(copy.deepcopy(create_model("resnet20").state_dict()), tmp_path / "w.pt")
     with pytest.raises(StoreError, match=r"not a checkpoint of an rmprune run.*--weights"):
-        runs.Checkpoint.load(tmp_path / "w.pt")
+        checkpoints.Checkpoint.load(tmp_path / "w.pt")
 
 
 def test_config_of_a_folder(tmp_path):
-    assert runs.read_config(tmp_path) is None
+    assert checkpoints.read_config(tmp_path) is None
     store.write_json({"epochs": 3, "colour": "red"}, tmp_path / "config.json")
     with pytest.raises(StoreError, match=r"not the config.json of an rmprune run"):
-        runs.read_config(tmp_path)
+        checkpoints.read_config(tmp_path)
 
 
 def ratio(kind, folder, config):
@@ -300,7 +300,7 @@ def test_a_target_is_met(run, tiny, tmp_path, lowering, target):
     config = dataclasses.replace(CONFIG, target=target, lowering=lowering)
     sparse = dataclasses.replace(run[1], config=config)
 
-    masked = runs.prune(sparse, config, tmp_path, tiny)
+    masked = pruning.prune(sparse, config, tmp_path, tiny)
 
     kind, _, value = target.partition("=")
     found = ratio(kind, tmp_path, config)
@@ -318,18 +318,18 @@ def test_a_target_is_met(run, tiny, tmp_path, lowering, target):
 def test_a_target_of_latency_is_met(run, tiny, tmp_path):
     config = dataclasses.replace(CONFIG, target="latency=0.6", latency_batch=16)
     sparse = dataclasses.replace(run[1], config=config)
-    masked = runs.prune(sparse, config, tmp_path, tiny)
+    masked = pruning.prune(sparse, config, tmp_path, tiny)
     table = pd.read_csv(tmp_path / "latency-torch-1-16-1.csv")
     assert (table["ms"] > 0).all()
     net = load(tmp_path / "pruned.safetensors")
-    found = min(runs.deployed_ratio("latency", masked, net) for _ in range(3))
+    found = min(pruning.deployed_ratio("latency", masked, net) for _ in range(3))
     assert found < 0.75  # the machine is shared; the search itself asks for 0.6
 
 
 def test_accuracy_is_kept_on_images_held_out(tiny, tmp_path):
     config = dataclasses.replace(CONFIG, holdout=0.25, target="accuracy-drop=10")
     sparse = runs.train(tmp_path, config, tiny)
-    masked = runs.prune(sparse, config, tmp_path, tiny)
+    masked = pruning.prune(sparse, config, tmp_path, tiny)
     rest, held_out = hold_out(tiny, 0.25)
     assert (len(rest.train.labels), len(held_out.labels)) == (72, 24)
 
@@ -346,13 +346,13 @@ def test_accuracy_is_kept_on_images_held_out(tiny, tmp_path):
 def test_accuracy_needs_images_held_out(run, tiny, tmp_path):
     config = dataclasses.replace(CONFIG, target="accuracy-drop=1")
     with pytest.raises(UsageError, match="train with --holdout"):
-        runs.prune(run[1], config, tmp_path, tiny)
+        pruning.prune(run[1], config, tmp_path, tiny)
 
 
 def test_impossible_targets(run, tiny, tmp_path):
     config = dataclasses.replace(CONFIG, target="params=0.0001")
     with pytest.raises(PruningError, match="choose a larger target"):
-        runs.prune(run[1], config, tmp_path, tiny)
+        pruning.prune(run[1], config, tmp_path, tiny)
 
 
 def test_pruning_in_steps(run, tiny, tmp_path):
@@ -360,23 +360,23 @@ def test_pruning_in_steps(run, tiny, tmp_path):
     finished = runs.prune_and_finetune(tmp_path, run[1], config, tiny)
     assert 0.97 * 0.5 <= ratio("macs", tmp_path / "step-1", config) <= 0.5
     assert 0.97 * 0.25 <= ratio("macs", tmp_path, config) <= 0.25
-    epochs = [runs.Checkpoint.load(p).epoch for p in tmp_path.rglob("finetuned.pt")]
+    epochs = [checkpoints.Checkpoint.load(p).epoch for p in tmp_path.rglob("finetuned.pt")]
     assert sorted(epochs) == [1, 2]
     assert finished.epoch == 2
-    first = runs.Checkpoint.load(tmp_path / "step-1" / "masked.pt").masks
+    first = checkpoints.Checkpoint.load(tmp_path / "step-1" / "masked.pt").masks
     for name, mask in finished.masks.keep.items():
         assert not (mask & ~first.keep[name]).any()  # what is off stays off
 
 
 def test_steps_need_a_target():
     with pytest.raises(UsageError, match="--target"):
-        runs.SlimConfig(prune_steps=2)
+        checkpoints.SlimConfig(prune_steps=2)
 
 
 def test_only_inner_channels_go(run, tiny, tmp_path):
     config = dataclasses.replace(CONFIG, scope="inner", target="macs=0.6", lowering="auto")
     sparse = dataclasses.replace(run[1], config=config)
-    masked = runs.prune(sparse, config, tmp_path, tiny)
+    masked = pruning.prune(sparse, config, tmp_path, tiny)
     keep = masked.masks.keep
     gone = {name for name, mask in keep.items() if not mask.all()}
     inner = {name for name in gone if name.startswith("layer") and name.endswith("bn1")}

@@ -9,11 +9,11 @@ from strategies import SHORT
 
 from rmprune import sweep as sweeps
 from rmprune.backends import Platform
+from rmprune.checkpoints import Task
 from rmprune.errors import TrainingError, UsageError
 from rmprune.measure import count_params, evaluate
 from rmprune.models import create_model
 from rmprune.plots import draw_sweep, pareto_front
-from rmprune.runs import Task
 from rmprune.store import read_json
 from rmprune.sweep import METHODS, Sweep
 

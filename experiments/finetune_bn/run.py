@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.utils import parametrize
 
+from rmprune.checkpoints import Checkpoint, calibration_batches, pick_device, trained_model
 from rmprune.convert import convert
 from rmprune.data import Dataset, load_data
 from rmprune.errors import TrainingError
@@ -24,7 +25,6 @@ from rmprune.plain import PlainNet
 from rmprune.removal import prune
 from rmprune.reports import environment
 from rmprune.rewrite import calibrate_bn, collapse
-from rmprune.runs import Checkpoint, calibration_batches, pick_device, trained_model
 from rmprune.store import write_csv
 from rmprune.training import fit
 

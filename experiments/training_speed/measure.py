@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rmprune.checkpoints import calibration_batches
 from rmprune.data import Dataset, Split, load_data
 from rmprune.models import create_model
 from rmprune.reports import environment
-from rmprune.runs import calibration_batches
 from rmprune.slimming import Penalty, add_shortcut_bn, scale_parameters
 from rmprune.training import TrainingConfig, fit
 

@@ -8,10 +8,11 @@ from typing import Any
 import click
 import pandas as pd
 
-from rmprune import backends, reports, runs
+from rmprune import backends, reports
 from rmprune import sweep as sweeps
 from rmprune.bench import MEASURED, open_network
 from rmprune.bench import bench as measure_networks
+from rmprune.checkpoints import Task
 from rmprune.cli.group import main
 from rmprune.cli.opening import load_images, net_of
 from rmprune.cli.options import (
@@ -132,7 +133,7 @@ def sweep(
         if backend in (*sweeps.TIMED_ON, config.backend)
         for batch in (1, 64)
     ]
-    sweeps.time_all(out, places, runs.Task.of(data), click.echo)
+    sweeps.time_all(out, places, Task.of(data), click.echo)
     failed = int(sweeps.results(out)["error"].notna().sum())
     click.echo(f"wrote {out / 'results.csv'} and latencies.csv; {failed} points failed")
 

@@ -11,7 +11,8 @@ import click
 import pandas as pd
 import torch
 
-from rmprune import reports, runs
+from rmprune import reports
+from rmprune.checkpoints import Checkpoint, deploy, pick_device
 from rmprune.cli.group import main
 from rmprune.cli.opening import load_images, net_of, open_net
 from rmprune.cli.options import EXISTING, PICTURES, TASK, config_of, given_settings, options
@@ -130,7 +131,7 @@ def evaluate_(net: Path | None, device: str, **settings: Any) -> None:
     --data need not be given if it is the data that NET was trained for. Without NET, --model,
     --weights and --data name a model and its data.
     """
-    place = runs.pick_device(device)
+    place = pick_device(device)
     given = given_settings(settings)
     if net is None:
         if not {"weights", "data"} <= given.keys():
@@ -298,7 +299,7 @@ def inspect(file: Path, as_json: bool, memory: bool) -> None:
     be a run's folder, for its net.safetensors.
     """
     file = net_of(file)
-    net = runs.deploy(runs.Checkpoint.load(file)) if file.suffix == ".pt" else load(file)
+    net = deploy(Checkpoint.load(file)) if file.suffix == ".pt" else load(file)
     table = _memory(net, file) if memory else reports.layer_table(net)
     if as_json:
         click.echo(json.dumps({"info": net.info, "layers": table.to_dict("records")}))

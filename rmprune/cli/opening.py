@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import torch
 
-from rmprune import runs
+from rmprune.checkpoints import Checkpoint, SlimConfig, Task, pick_device, read_config, task_of
 from rmprune.cli.words import progress_bar
 from rmprune.data import Dataset, load_data
 from rmprune.errors import UsageError
@@ -17,7 +17,7 @@ from rmprune.store import load
 from rmprune.training import total_step_size
 
 
-def load_images(config: runs.SlimConfig, task: runs.Task | None = None) -> Dataset:
+def load_images(config: SlimConfig, task: Task | None = None) -> Dataset:
     """Load the data; it must have the classes of the task, if there is one."""
     data = load_data(
         config.data,
@@ -37,17 +37,17 @@ def _shortened(classes: tuple[str, ...]) -> str:
     return ", ".join(classes[:3]) + (", …" if len(classes) > 3 else "")
 
 
-def begin(out: Path, resume: bool, config: runs.SlimConfig) -> Dataset:
+def begin(out: Path, resume: bool, config: SlimConfig) -> Dataset:
     """Load the data of a run, once it is clear that the run can begin.
 
     The folder must hold no other run, and with ``--resume`` may hold the same one.
     """
-    found = runs.read_config(out)
+    found = read_config(out)
     if found is not None and (out / "sparse.pt").exists():
         check_same(found, config, out, resume)
     elif resume:
         click.echo(f"rmprune: note: {out} holds no run to resume; a new one begins", err=True)
-    runs.pick_device(config.device)
+    pick_device(config.device)
     if config.weights is None:
         create_model(config.model)
     data = load_images(config)
@@ -55,7 +55,7 @@ def begin(out: Path, resume: bool, config: runs.SlimConfig) -> Dataset:
     return data
 
 
-def check_same(found: runs.SlimConfig, config: runs.SlimConfig, folder: Path, resume: bool) -> None:
+def check_same(found: SlimConfig, config: SlimConfig, folder: Path, resume: bool) -> None:
     """Refuse to go on with a run of other settings, or without ``--resume``."""
     if not resume:
         raise UsageError(f"{folder} holds a run; --resume goes on with it, or name another --out")
@@ -78,20 +78,20 @@ def net_of(path: Path) -> Path:
     return net
 
 
-def open_net(file: Path) -> tuple[torch.nn.Module, runs.Task | None, runs.SlimConfig]:
+def open_net(file: Path) -> tuple[torch.nn.Module, Task | None, SlimConfig]:
     """A network from a file, what it was trained for, and its run's settings."""
     if file.suffix == ".pt":
-        checkpoint = runs.Checkpoint.load(file)
+        checkpoint = Checkpoint.load(file)
         return checkpoint.build(), checkpoint.task, checkpoint.config
     net = load(file)
-    task = runs.task_of(net)
+    task = task_of(net)
     if task is None:
-        return net, None, runs.SlimConfig()
+        return net, None, SlimConfig()
     size = net.info.get("image_size")
-    return net, task, runs.SlimConfig(data=task.data, image_size=size)
+    return net, task, SlimConfig(data=task.data, image_size=size)
 
 
-def _hint_at_reach(config: runs.SlimConfig, data: Dataset) -> None:
+def _hint_at_reach(config: SlimConfig, data: Dataset) -> None:
     """Say so, before training, if the penalty cannot bring a scale of 1 under the threshold."""
     reach = config.sparsity * total_step_size(config.training(), data)
     if config.sparsity > 0 and reach < 1:

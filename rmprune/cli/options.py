@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 
 import click
 
-from rmprune import backends, runs
+from rmprune import backends, pruning
+from rmprune.checkpoints import SlimConfig
 from rmprune.errors import UsageError
 from rmprune.models import model_names
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-DEFAULTS = runs.SlimConfig()
+DEFAULTS = SlimConfig()
 PICTURES = (".png", ".svg", ".pdf")
 EXISTING = click.Path(exists=True, path_type=Path)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -196,9 +197,9 @@ PLATFORM = ("lowering", "round_to", "backend", "threads", "latency_batch")
 BUDGET = ("threshold", "target", "importance")
 
 
-def config_of(settings: dict[str, Any]) -> runs.SlimConfig:
+def config_of(settings: dict[str, Any]) -> SlimConfig:
     """The run that a command line asks for."""
-    return runs.SlimConfig(**plain_values(settings))
+    return SlimConfig(**plain_values(settings))
 
 
 def check_budget(settings: dict[str, Any]) -> None:
@@ -207,7 +208,7 @@ def check_budget(settings: dict[str, Any]) -> None:
     if settings["target"] is not None and source is not click.core.ParameterSource.DEFAULT:
         raise UsageError("give either --threshold or --target, not both")
     if settings["target"] is None and settings["importance"] is not None:
-        runs.check_importance(settings["importance"])
+        pruning.check_importance(settings["importance"])
 
 
 def given_settings(settings: dict[str, Any]) -> dict[str, Any]:

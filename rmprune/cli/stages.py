@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from rmprune import reports, runs
+from rmprune import pruning, reports, runs
+from rmprune.checkpoints import Checkpoint, SlimConfig, task_of
 from rmprune.cli.group import main
 from rmprune.cli.opening import begin, check_same, load_images
 from rmprune.cli.options import (
@@ -83,7 +84,7 @@ def prune(run: Path, out: Path | None, **settings: Any) -> None:
     """
     path = run / "sparse.pt" if run.is_dir() else run
     check_budget(settings)
-    start = runs.Checkpoint.load(path)
+    start = Checkpoint.load(path)
     budget = {"threshold": settings["threshold"], "target": settings["target"], "prune_steps": 1}
     config = dataclasses.replace(start.config, **{**given_settings(settings), **budget})
     level = f"threshold-{config.threshold:g}"
@@ -96,12 +97,12 @@ def prune(run: Path, out: Path | None, **settings: Any) -> None:
             "`rmprune train --resume` goes on",
             err=True,
         )
-    masked = runs.prune(start, config, out, load_images(config, start.task))
+    masked = pruning.prune(start, config, out, load_images(config, start.task))
     _say_selection(masked)
     say_size(load(out / "pruned.safetensors"), out / "pruned.safetensors")
     kind = "" if config.target is None else Target.parse(config.target).kind
     if kind in TOLERANCE:
-        ratio = runs.deployed_ratio(kind, masked, load(out / "pruned.safetensors"))
+        ratio = pruning.deployed_ratio(kind, masked, load(out / "pruned.safetensors"))
         click.echo(f"{kind}: {ratio:.3f} of the original {config.model}'s")
 
 
@@ -130,17 +131,17 @@ def finetune(run: Path, plain: bool, out: Path | None, resume: bool, **settings:
     folder = out or source.parent
     if plain:
         net = load(source)
-        task, config = runs.task_of(net), runs.SlimConfig(finetune_lr=runs.PLAIN_LR)
+        task, config = task_of(net), SlimConfig(finetune_lr=runs.PLAIN_LR)
         if task is not None:
             config = dataclasses.replace(config, data=task.data)
         checkpoint_path, net_path = runs.plain_paths(folder, source)
     else:
-        masked = runs.Checkpoint.load(source)
+        masked = Checkpoint.load(source)
         task, config = masked.task, masked.config
         checkpoint_path, net_path = folder / "finetuned.pt", folder / "net.safetensors"
     config = dataclasses.replace(config, **given_settings(settings))
     if checkpoint_path.exists():
-        check_same(runs.Checkpoint.load(checkpoint_path).config, config, folder, resume)
+        check_same(Checkpoint.load(checkpoint_path).config, config, folder, resume)
     data = load_images(config, task)
     if plain:
         checkpoint = runs.finetune_plain(folder, source, config, data, progress_bar)
@@ -150,7 +151,7 @@ def finetune(run: Path, plain: bool, out: Path | None, resume: bool, **settings:
     say_size(load(net_path), net_path)
 
 
-def _say_selection(masked: runs.Checkpoint) -> None:
+def _say_selection(masked: Checkpoint) -> None:
     masks = masked.narrowed
     assert masks is not None
     click.echo(f"{masks.removed} of {masks.channels} channels are switched off")
@@ -158,7 +159,7 @@ def _say_selection(masked: runs.Checkpoint) -> None:
         click.echo(f"all channels of {name} would go; the largest stays")
 
 
-def _accuracy(checkpoint: runs.Checkpoint) -> str:
+def _accuracy(checkpoint: Checkpoint) -> str:
     if not checkpoint.history:
         return "not measured (no epoch was trained)"
     return f"{100 * checkpoint.history[-1]['test_accuracy']:.2f} %"

@@ -1,0 +1,330 @@
+"""Selecting channels of a run's model, by a threshold or within a budget; see `rmprune.targets`."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import pandas as pd
+import torch
+from torch import Tensor, fx, nn
+
+from rmprune.backends import time_deployed
+from rmprune.blocks import inner_bns
+from rmprune.checkpoints import (
+    Checkpoint,
+    SlimConfig,
+    Task,
+    calibration_batches,
+    deploy,
+    pick_device,
+)
+from rmprune.convert import convert
+from rmprune.costs import (
+    Cost,
+    channel_savings,
+    counted,
+    latency_table,
+    measured,
+    relative,
+    sites,
+)
+from rmprune.data import Dataset, hold_out
+from rmprune.errors import PruningError, UsageError
+from rmprune.graph import parse
+from rmprune.importance import Importance, by_loss, by_scale, spare
+from rmprune.lowering import Choose, Form, likeliest
+from rmprune.measure import count_macs, count_params, evaluate
+from rmprune.models import create_model
+from rmprune.narrowing import cut, move_statistics, narrow, widen
+from rmprune.selection import Masks, apply_masks, select
+from rmprune.slimming import scales_of
+from rmprune.store import (
+    save,
+    write_csv,
+)
+from rmprune.targets import TOLERANCE, Target, search, thresholds_of
+
+IMPORTANCE_BATCHES = 2  # of 256 images
+NOTHING: Mapping[str, int] = {}
+DETOURS = 2  # around steps that pass a target by far
+
+
+def channel_weights(
+    slim: fx.GraphModule, cost: Cost, task: Task, config: SlimConfig, folder: Path
+) -> dict[str, float]:
+    """What a channel of each BN saves, relative to the mean channel; 0 out of scope.
+
+    A latency table is measured once and kept in the folder.
+    """
+    weights = _all_weights(slim, cost, task, config, folder)
+    within = weights.keys() if config.scope == "all" else inner_bns(parse(slim))
+    return {name: weight if name in within else 0.0 for name, weight in weights.items()}
+
+
+def _all_weights(
+    slim: fx.GraphModule, cost: Cost, task: Task, config: SlimConfig, folder: Path
+) -> dict[str, float]:
+    channels = {name: len(scale) for name, scale in scales_of(slim).items()}
+    if cost == "uniform":
+        return dict.fromkeys(channels, 1.0)
+    slim = copy.deepcopy(slim).cpu().eval()
+    example = task.example_input()
+    layer_costs = counted(cost)
+    if cost == "latency":
+        settings = (config.backend, config.threads, config.latency_batch, config.round_to)
+        path = folder / f"latency-{'-'.join(map(str, settings))}.csv"
+        if not path.exists():
+            network = slim if config.lowering == "auto" else convert(slim, example)
+            write_csv(
+                latency_table(sites(network, example), config.platform, config.round_to), path
+            )
+        layer_costs = measured(pd.read_csv(path))
+    return relative(channel_savings(slim, example, layer_costs, config.lowering), channels)
+
+
+def prune(
+    checkpoint: Checkpoint,
+    config: SlimConfig,
+    folder: Path,
+    data: Dataset,
+    choose: Choose | None = None,
+) -> Checkpoint:
+    """Select channels and switch them off; save the masked model and its net.
+
+    Args:
+        checkpoint: A slimmable model after training.
+        config: Its ``threshold``, or its ``target``, says how many go.
+        folder: To write to.
+        data: For the statistics of BNs, and whose held-out images a target of accuracy is for.
+        choose: See `deploy`.
+
+    Raises:
+        UsageError: No images were held out for a target of accuracy.
+        PruningError: The target cannot be met.
+    """
+    slim = checkpoint.build()
+    target = None if config.target is None else Target.parse(config.target)
+    if target is None:
+        check_importance(config.importance)
+        masks = select(
+            slim,
+            config.threshold,
+            scores=by_scale(
+                slim, channel_weights(slim, "uniform", checkpoint.task, config, folder)
+            ),
+            lowering=config.lowering,
+            round_to=config.round_to,
+        )
+        masked = _switched_off(slim, checkpoint, masks, config)
+    else:
+        masked = _masked_within(target, slim, checkpoint, config, folder, data, choose)
+    masked = _with_statistics(masked, checkpoint, _calibration(config, data))
+    net = deploy(masked, choose)
+    masked = replace(masked, forms=net.info.get("lowering"))
+    masked.save(folder / "masked.pt")
+    save(net, folder / "pruned.safetensors")
+    return masked
+
+
+def check_importance(importance: Importance) -> None:
+    """Refuse to compare anything but scales with a threshold."""
+    if importance != "scale":
+        raise UsageError(
+            f"a threshold is on scales; to prune by --importance {importance}, name a --target"
+        )
+
+
+def _switched_off(
+    slim: fx.GraphModule, checkpoint: Checkpoint, masks: Masks, config: SlimConfig
+) -> Checkpoint:
+    """The masked and narrowed model, whose BN statistics are still those of before."""
+    if checkpoint.masks is not None:
+        masks = masks.within(checkpoint.masks)
+    masked = copy.deepcopy(slim)
+    apply_masks(masked, masks)
+    left = narrow(masked, masks)
+    gone = masks if checkpoint.narrowed is None else widen(masks, checkpoint.narrowed)
+    return Checkpoint("masked", config, checkpoint.task, masked.state_dict(), left, gone)
+
+
+def _with_statistics(
+    masked: Checkpoint, checkpoint: Checkpoint, calibration: list[Tensor]
+) -> Checkpoint:
+    """The masked model with the BN statistics that it has now, for those of a checkpoint."""
+    assert masked.narrowed is not None
+    slim, model = checkpoint.build(), masked.build()
+    masks = masked.narrowed
+    if checkpoint.narrowed is not None:
+        masks = cut(masks, slim, checkpoint.narrowed)
+    move_statistics(model, slim, masks, calibration)
+    return replace(masked, model=model.state_dict())
+
+
+def _calibration(config: SlimConfig, data: Dataset) -> list[Tensor]:
+    return calibration_batches(hold_out(data, config.holdout)[0], torch.device("cpu"))
+
+
+def _masked_within(
+    target: Target,
+    slim: fx.GraphModule,
+    checkpoint: Checkpoint,
+    config: SlimConfig,
+    folder: Path,
+    data: Dataset,
+    choose: Choose | None,
+) -> Checkpoint:
+    """The masked model that keeps the most channels within a target."""
+    cost: Cost = target.kind if target.kind != "accuracy-drop" else config.cost
+    savings = channel_weights(slim, cost, checkpoint.task, config, folder)
+    if config.importance == "loss":
+        device = pick_device(config.device)
+        scores = by_loss(
+            copy.deepcopy(slim).to(device),
+            savings,
+            calibration_batches(hold_out(data, config.holdout)[0], device)[:IMPORTANCE_BATCHES],
+            lowering=config.lowering,
+            round_to=config.round_to,
+        )
+    else:
+        scores = by_scale(slim, savings)
+    thresholds = thresholds_of(scores)
+
+    def masked(threshold: float, spared: Mapping[str, int] = NOTHING) -> Checkpoint:
+        left = scores
+        if config.importance == "loss":  # one channel of a body that was to go is worth nothing
+            left = spare(scores, slim, spared, config.round_to)
+        masks = select(
+            slim,
+            threshold,
+            scores=left,
+            lowering=config.lowering,
+            round_to=config.round_to,
+            spared=spared,
+        )
+        return _switched_off(slim, checkpoint, masks, config)
+
+    if target.kind == "accuracy-drop":
+        calibration = _calibration(config, data)
+        return _smallest_within_drop(
+            target.value / 100,
+            masked,
+            lambda found: _with_statistics(found, checkpoint, calibration),
+            thresholds,
+            config,
+            data,
+        )
+    return _largest_within_budget(target, masked, thresholds, config, choose)
+
+
+class _Masked(Protocol):
+    def __call__(self, threshold: float, spared: Mapping[str, int] = NOTHING) -> Checkpoint:
+        """The model with the channels under a threshold switched off."""
+
+
+def _largest_within_budget(
+    target: Target,
+    masked: _Masked,
+    thresholds: list[float],
+    config: SlimConfig,
+    choose: Choose | None,
+) -> Checkpoint:
+    """Search for the threshold; then name the forms chosen, whose cost is another, and again."""
+
+    def ratio(checkpoint: Checkpoint) -> float:
+        return deployed_ratio(target.kind, checkpoint, deploy(checkpoint, likeliest))
+
+    def within(forms: dict[str, Form] | None) -> Checkpoint:
+        def search_with(spared: Mapping[str, int]) -> tuple[Checkpoint, Checkpoint | None]:
+            return search(
+                thresholds,
+                lambda threshold: replace(masked(threshold, spared), forms=forms),
+                ratio,
+                target.value,
+                TOLERANCE[target.kind],
+            )
+
+        found, above = latest, _ = search_with(NOTHING)
+        spared: Counter[str] = Counter()
+        for _ in range(DETOURS):
+            if above is None:
+                break
+            # One step more passes the target by far: go without it, and take others instead.
+            spared.update(_changed(latest, above, config.importance))
+            try:
+                latest, above = search_with(spared)
+            except PruningError:
+                break
+            found = max(found, latest, key=ratio)
+        return found
+
+    checkpoint = within(None)
+    if config.lowering == "plain":
+        return checkpoint
+    if choose is not likeliest:
+        checkpoint = replace(checkpoint, forms=deploy(checkpoint, choose).info["lowering"])
+        least = target.value * (1 - TOLERANCE[target.kind])
+        if not least <= ratio(checkpoint) <= target.value:
+            checkpoint = within(checkpoint.forms)
+    return replace(checkpoint, forms=deploy(checkpoint, likeliest).info["lowering"])
+
+
+def _changed(found: Checkpoint, above: Checkpoint, importance: Importance) -> set[str]:
+    """The BNs that lose channels by a step; by scales, all that have channels before it."""
+    assert found.narrowed is not None
+    assert above.narrowed is not None
+    before, after = above.narrowed.keep, found.narrowed.keep
+    if importance == "loss":
+        return {name for name, mask in before.items() if not torch.equal(mask, after[name])}
+    return {name for name, mask in before.items() if mask.any()}
+
+
+def deployed_ratio(kind: str, checkpoint: Checkpoint, net: nn.Module) -> float:
+    """What a net costs, as a share of the cost of the original model of its run."""
+    config, example = checkpoint.config, checkpoint.task.example_input()
+    original = create_model(config.model, num_classes=len(checkpoint.task.classes)).eval()
+    if kind == "params":
+        return count_params(net) / count_params(original)
+    if kind == "macs":
+        return count_macs(net, example) / count_macs(original, example)
+    timings = time_deployed(
+        {"original": original, "net": net}, example, config.platform, rounds=9, warn=False
+    )
+    return timings["net"].median_ms / timings["original"].median_ms
+
+
+def _smallest_within_drop(
+    drop: float,
+    masked: _Masked,
+    settled: Callable[[Checkpoint], Checkpoint],
+    thresholds: list[float],
+    config: SlimConfig,
+    data: Dataset,
+) -> Checkpoint:
+    """Raise the threshold as long as the masked model loses no more on held-out images."""
+    if config.holdout == 0:
+        raise UsageError(
+            "a target of accuracy needs training images that no training has seen: "
+            "train with --holdout 0.1, say"
+        )
+    _, held_out = hold_out(data, config.holdout)
+    device = pick_device(config.device)
+
+    def accuracy(checkpoint: Checkpoint) -> float:
+        model = settled(checkpoint).build(device)
+        correct, images = evaluate(model, held_out, mean=data.mean, std=data.std, device=device)
+        return correct / images
+
+    least = accuracy(masked(0.0)) - drop
+    low, high = 0, len(thresholds)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if accuracy(masked(thresholds[middle])) >= least:
+            low = middle
+        else:
+            high = middle
+    return masked(thresholds[low])
