@@ -14,10 +14,7 @@ from torch import Tensor, fx, nn
 
 from rmprune.backends import Backend, Platform
 from rmprune.convert import convert
-from rmprune.costs import (
-    Cost,
-    Lowering,
-)
+from rmprune.costs import Cost, Lowering
 from rmprune.data import Dataset, calibration_images, eval_batches
 from rmprune.errors import StoreError, UsageError
 from rmprune.importance import Importance
@@ -29,18 +26,9 @@ from rmprune.removal import prune as remove_dead_channels
 from rmprune.rewrite import collapse
 from rmprune.selection import Masks, apply_masks
 from rmprune.slimming import add_shortcut_bn
-from rmprune.store import (
-    load_checkpoint,
-    read_json,
-    save_checkpoint,
-)
+from rmprune.store import load_checkpoint, read_json, save_checkpoint
 from rmprune.targets import Target
-from rmprune.training import (
-    Compile,
-    Precision,
-    Schedule,
-    TrainingConfig,
-)
+from rmprune.training import Compile, Precision, Schedule, TrainingConfig
 
 Scope = Literal["all", "inner"]
 CALIBRATION_IMAGES = 1024

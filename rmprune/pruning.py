@@ -24,15 +24,7 @@ from rmprune.checkpoints import (
     pick_device,
 )
 from rmprune.convert import convert
-from rmprune.costs import (
-    Cost,
-    channel_savings,
-    counted,
-    latency_table,
-    measured,
-    relative,
-    sites,
-)
+from rmprune.costs import Cost, channel_savings, counted, latency_table, measured, relative, sites
 from rmprune.data import Dataset, hold_out
 from rmprune.errors import PruningError, UsageError
 from rmprune.graph import parse
@@ -43,10 +35,7 @@ from rmprune.models import create_model
 from rmprune.narrowing import cut, move_statistics, narrow, widen
 from rmprune.selection import Masks, apply_masks, select
 from rmprune.slimming import scales_of
-from rmprune.store import (
-    save,
-    write_csv,
-)
+from rmprune.store import save, write_csv
 from rmprune.targets import TOLERANCE, Target, search, thresholds_of
 
 IMPORTANCE_BATCHES = 2  # of 256 images

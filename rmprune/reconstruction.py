@@ -51,18 +51,19 @@ def reconstruct(
     pruned: fx.GraphModule,
     sums: Sums,
     batches: Sequence[Tensor],
-    among: Collection[str] | None = None,
+    among: Collection[str],
 ) -> None:
     """Fit the last convolutions of blocks to the sums of the whole model.
 
     Blocks are fitted one after the other, each on the inputs that those above now give.
-    Running statistics stay as they are; see `rmprune.narrowing.move_statistics`.
+    Running statistics stay as they are: such a model is for comparing with others by batch, and
+    to fine-tune it is no better than to fine-tune the one that was not fitted.
 
     Args:
         pruned: A masked and narrowed model; its convolutions and BNs change.
         sums: Of the model before, from the same batches.
         batches: Normalised images, ``(N, C, H, W)`` each.
-        among: Names of the additions of the blocks to fit; all if None.
+        among: Names of the additions of the blocks to fit.
     """
     chain = parse(pruned)
     wanted = heirs(sums, chain.blocks)
@@ -77,7 +78,7 @@ def reconstruct(
             hidden = _through(item.body[:start], tensors)
             sides = _through(item.shortcut, tensors)
             name = item.add.name
-            if (among is None or name in among) and _can_be_fitted(item, last):
+            if name in among and _can_be_fitted(item, last):
                 _fit(last, hidden, sums[wanted[name]] - _sampled(sides))
             bodies = _through(item.body[start:], hidden)
             tensors = [body + side for body, side in zip(bodies, sides, strict=True)]
@@ -185,7 +186,7 @@ def _fit(unit: Unit, hidden: Sequence[Tensor], wanted: Tensor) -> None:
     old = conv.weight[kept].double().flatten(1)
     deviation = ((old @ inputs).var(1, correction=0) + bn.eps).sqrt()
     whole = old * (bn.weight[kept].double() / deviation)[:, None] + change
-    # Rows keep their norms, by which they learn.
+    # Rows keep their norms, beside which the BN's ε stays small.
     size = whole.norm(dim=1) / old.norm(dim=1)
     size = torch.where(size.isfinite() & (size > 0), size, 1)
     fitted = whole / size[:, None]

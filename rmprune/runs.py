@@ -38,19 +38,9 @@ from rmprune.pruning import channel_weights, prune
 from rmprune.reports import compare, environment
 from rmprune.rewrite import calibrate_bn, collapse
 from rmprune.slimming import Penalty, add_shortcut_bn, scale_parameters
-from rmprune.store import (
-    load,
-    save,
-    write_csv,
-    write_json,
-)
+from rmprune.store import load, save, write_csv, write_json
 from rmprune.targets import Target
-from rmprune.training import (
-    EpochResult,
-    Pull,
-    TrainingConfig,
-    fit,
-)
+from rmprune.training import EpochResult, Pull, TrainingConfig, fit
 
 PLAIN_LR = 5e-4  # at 5e-3 a pruned net of 99.7 % on the digits falls to 61 % in two epochs
 
