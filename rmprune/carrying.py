@@ -175,7 +175,7 @@ class Carrier:
 
     def as_is(self, name: str, activation: nn.Module, interval: Interval) -> Way | None:
         """The way of channels on which the activation is the identity anyway, or None."""
-        floor, ceiling = _identity_range(activation)
+        floor, ceiling = identity_range(activation)
         lower, upper = interval.lower + ROUNDING, interval.upper - ROUNDING
         if bool((lower >= floor).all() and (upper <= ceiling).all()):
             ones = torch.ones_like(interval.lower)
@@ -211,7 +211,7 @@ class Carrier:
 
     def _shift(self, activation: nn.Module, interval: Interval, seen: Tensor) -> Way | None:
         """A shift into the range in which the activation is the identity, or None."""
-        floor, ceiling = _identity_range(activation)
+        floor, ceiling = identity_range(activation)
         largest = seen.abs().amax((0, 2, 3))
         lower, upper = interval.lower, interval.upper
         if self.bound == "calibrated":
@@ -236,7 +236,8 @@ class Carrier:
         return way
 
 
-def _identity_range(activation: nn.Module) -> tuple[float, float]:
+def identity_range(activation: nn.Module) -> tuple[float, float]:
+    """From where to where an activation is the identity; empty if nowhere."""
     floor = IDENTITY_FROM.get(type(activation), torch.inf)
     if isinstance(activation, nn.PReLU):
         return torch.inf, torch.inf  # has slopes for all channels; it is widened in any case

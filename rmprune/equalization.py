@@ -1,25 +1,122 @@
 """Channels brought to one range, so that a single int8 scale for a tensor serves them all.
 
-``f(a z) = a f(z)`` for a > 0 and f a ReLU: a channel's factor moves from the layer that makes
-it into those that read it, and no output changes (cross-layer equalisation; Nagel et al. 2019,
-arXiv 1906.04721, section 4.1, with ranges measured instead of those of weights). Copies that
-an addition takes have the factor of what they are copies of.
+After Nagel et al. 2019 (arXiv 1906.04721), with ranges measured instead of those of weights:
+
+Cross-layer equalisation (section 4.1). ``f(a z) = a f(z)`` for a > 0 and f a ReLU: a channel's
+factor moves from the layer that makes it into those that read it, and no output changes.
+Copies that an addition takes have the factor of what they are copies of.
+
+Absorbing high biases (section 4.1.3). A channel on which an activation is the identity needs no
+larger offset than keeps it so. Conversion carries tensors as x + b with a b that is right for
+every image (see `rmprune.carrying`); int8 keeps to what it was calibrated on anyway.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from rmprune.layers import ChannelGate, ChannelSelection, PartialActivation, ResidualBlock
+from rmprune.carrying import carrying_activation, identity_range
+from rmprune.layers import (
+    ChannelGate,
+    ChannelSelection,
+    PartialActivation,
+    ResidualBlock,
+    function_name,
+)
 from rmprune.plain import PlainNet
 
 PASSING = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.modules.dropout._DropoutNd)
 POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 LEAST = 1e-3  # of the median range: a channel that is never on needs no scale
+SLACK = 0.1  # of a channel's range, on either side, for images that calibration has not seen
+
+
+@torch.no_grad()
+def absorb_offsets(net: PlainNet, batches: Iterable[Tensor]) -> PlainNet:
+    """A net whose carried channels have small offsets; equal on images like the given ones.
+
+    Behind ReLU6 they fill its range. Where the offset of an activation that is the identity
+    only far from zero (SiLU, GELU) would be larger than what it carries, the activation leaves
+    these channels out instead.
+
+    Args:
+        net: In evaluation mode, its BNs folded; left as it is.
+        batches: Normalised images, ``(N, C, H, W)`` each.
+    """
+    net = copy.deepcopy(net)
+    layers, values = net._modules, list(batches)
+    names = list(layers)
+    for name, follower, reader in zip(names, names[1:], names[2:], strict=False):
+        layer, activation, reads = layers[name], layers[follower], layers[reader]
+        assert layer is not None
+        if isinstance(layer, nn.Conv2d) and isinstance(reads, nn.Conv2d) and activation:
+            change = _Offsets.of(layer, activation, reads, values)
+            change.apply(layer, reads)
+            layers[follower] = change.activation
+        values = [layer(value) for value in values]
+    return net
+
+
+@dataclass(frozen=True)
+class _Offsets:
+    """What becomes of a layer's outputs x: ``factor · x + shift``, ``(channels,)`` each."""
+
+    factor: Tensor
+    shift: Tensor
+    activation: nn.Module
+
+    @classmethod
+    def of(
+        cls, layer: nn.Conv2d, activation: nn.Module, reader: nn.Conv2d, inputs: list[Tensor]
+    ) -> _Offsets:
+        """Those of the channels that pass as they are, on inputs of the layer."""
+        floor, ceiling = identity_range(activation)
+        values = [layer(x).transpose(0, 1).flatten(1) for x in inputs]
+        lowest = torch.stack([v.amin(1) for v in values]).amin(0)
+        highest = torch.stack([v.amax(1) for v in values]).amax(0)
+        spread = highest - lowest
+        carried = (lowest >= floor) & (highest <= ceiling) & (spread > 0)
+        carried &= _apart_from_padding(reader)
+        lowest, spread = lowest - SLACK * spread, (1 + 2 * SLACK) * spread
+        factor = torch.ones_like(spread)
+        if ceiling < torch.inf:
+            factor = (ceiling - floor) / spread
+        elif bool(carried.any()) and floor > spread[carried].max() and function_name(activation):
+            activation = carrying_activation(activation, ~carried, "partial", factor)
+            floor, lowest = 0.0, lowest + spread / 2
+        shift = floor - factor * lowest
+        return cls(factor.where(carried, 1.0), shift.where(carried, 0.0), activation)
+
+    def apply(self, layer: nn.Conv2d, reader: nn.Conv2d) -> None:
+        """Let a layer make the channels so, and their reader take them so."""
+        for conv in (layer, reader):
+            if conv.bias is None:
+                conv.bias = nn.Parameter(torch.zeros_like(conv.weight[:, 0, 0, 0]))
+        assert layer.bias is not None
+        assert reader.bias is not None
+        _divide_rows(layer, 1 / self.factor)
+        layer.bias.add_(self.shift)
+        _multiply_columns(reader, 1 / self.factor)
+        reader.bias.sub_((reader.weight.sum((2, 3)) * _by_row(reader, self.shift)).sum(1))
+
+
+def _apart_from_padding(conv: nn.Conv2d) -> Tensor:
+    """Which input channels a convolution reads without their padding, ``(channels,)`` of bool."""
+    if conv.padding in ((0, 0), "valid"):
+        return torch.ones(conv.in_channels, dtype=torch.bool, device=conv.weight.device)
+    others = conv.weight.detach() != 0
+    reach = [d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    padding = reach if isinstance(conv.padding, str) else conv.padding
+    # This tap stands on the image wherever the kernel does.
+    row, column = (p // d for p, d in zip(padding, conv.dilation, strict=True))
+    if all(p % d == 0 for p, d in zip(padding, conv.dilation, strict=True)):
+        others[:, :, row : row + 1, column : column + 1] = False
+    return ~others.any((2, 3)).view(conv.groups, -1, others.shape[1]).any(1).flatten()
 
 
 @torch.no_grad()
@@ -193,6 +290,9 @@ def _multiply_columns(layer: nn.Conv2d | nn.Linear, factor: Tensor) -> None:
     if isinstance(layer, nn.Linear):
         layer.weight.mul_(factor)
         return
-    by_group: Sequence[Tensor] = factor.chunk(layer.groups)
-    rows = torch.stack(list(by_group)).repeat_interleave(len(layer.weight) // layer.groups, 0)
-    layer.weight.mul_(rows[:, :, None, None])
+    layer.weight.mul_(_by_row(layer, factor)[:, :, None, None])
+
+
+def _by_row(conv: nn.Conv2d, values: Tensor) -> Tensor:
+    """What belongs to input channels, ``(channels,)``, where each row reads: as its weights."""
+    return values.view(conv.groups, -1).repeat_interleave(len(conv.weight) // conv.groups, 0)

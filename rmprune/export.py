@@ -25,7 +25,7 @@ from rmprune.bench import bench
 from rmprune.c_library import Run, compiled, find_compiler
 from rmprune.c_source import CSource, c_source
 from rmprune.data import Dataset, Split, calibration_images, eval_batches
-from rmprune.equalization import equalize
+from rmprune.equalization import absorb_offsets, equalize
 from rmprune.errors import ExportError, UsageError
 from rmprune.onnx_graph import OnnxGraph, extra, to_onnx
 from rmprune.plain import PlainNet
@@ -173,8 +173,9 @@ def export(
         raise ExportError("pt2 is exported in float32; export int8 to onnx or c")
     images = None if calibration is None else list(calibration)
     if images and isinstance(net, PlainNet):
-        plain = copy.deepcopy(net).cpu().eval()
-        net = equalize(fold_bn(plain), images if raw is None else [raw(i) for i in images])
+        normalised = images if raw is None else [raw(i) for i in images]
+        plain = absorb_offsets(fold_bn(copy.deepcopy(net).cpu().eval()), normalised)
+        net = equalize(plain, normalised)
     network = deployable(net, raw)
     notes = {"written by": f"rmprune {version('rmprune')}", **(info or {})}
     if form == "pt2":
