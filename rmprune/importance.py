@@ -11,7 +11,7 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,7 +20,7 @@ from rmprune.blocks import inner_bns, split_units
 from rmprune.costs import Lowering
 from rmprune.graph import Block, parse
 from rmprune.narrowing import narrow, survivors
-from rmprune.reconstruction import block_sums, by_batch, heirs, reconstruct
+from rmprune.reconstruction import block_sums, heirs, reconstruct
 from rmprune.selection import Masks, apply_masks, select
 from rmprune.slimming import scales_of
 from rmprune.training import distillation_loss
@@ -28,6 +28,7 @@ from rmprune.training import distillation_loss
 Importance = Literal["scale", "loss"]
 SHARE = 0.5  # of a layer's channels go at once
 TEMPERATURE = 4.0
+REACH = 2  # blocks that are fitted: more took longer and put blocks in the same order
 
 
 def by_scale(slim: fx.GraphModule, savings: Mapping[str, float]) -> dict[str, Tensor]:
@@ -56,9 +57,9 @@ def by_loss(
     A greedy search after NetAdapt (Yang et al. 2018, arXiv 1804.03230, section 3): a step
     takes half of the channels of a block's layer, those with the smallest scales, or all that
     is left of a block's body. Instead of training between the steps, what is left of the block
-    is fitted to what the whole model computes; see `rmprune.reconstruction`. BNs normalise by
-    the batch. What a step would change is measured again only when it is next to be taken,
-    since it seldom becomes less.
+    and the block behind it are fitted to what the whole model computes; see
+    `rmprune.reconstruction`. BNs normalise by the batch. What a step would change is measured
+    again only when it is next to be taken, since it seldom becomes less.
 
     Args:
         slim: A slimmable model in evaluation mode; trained, but not for sparsity.
@@ -127,6 +128,14 @@ class _Place:
 Step = dict[str, Tensor]  # path of a BN to channels, those with the smallest scales first
 
 
+class _Left(NamedTuple):
+    """A model without some channels, the masks that made it, and what it loses."""
+
+    model: fx.GraphModule
+    masks: Masks
+    loss: float
+
+
 class _Search:
     """What has gone so far, and what would be lost next.
 
@@ -154,7 +163,7 @@ class _Search:
         }
         self.places = self._places(slim)
         self.sums = block_sums(slim, batches)
-        self.expected = self._outputs(slim)
+        self.expected = reconstruct(slim, self.sums, batches, among=())
         self.loss = 0.0
 
     def _places(self, slim: fx.GraphModule) -> list[_Place]:
@@ -190,16 +199,14 @@ class _Search:
 
     def price(self, step: Step) -> float:
         """What a step adds to the loss, for what it saves."""
-        model, _ = self._without(step)
-        return (self._loss_of(model) - self.loss) / self._saved_by(step)
+        return (self._without(step).loss - self.loss) / self._saved_by(step)
 
     def _saved_by(self, step: Step) -> float:
         return sum(self.savings[name] * len(channels) for name, channels in step.items())
 
     def take(self, step: Step, number: int) -> None:
         """Let channels go, as the step of a number."""
-        self.model, masks = self._without(step)
-        self.loss = self._loss_of(self.model)
+        self.model, masks, self.loss = self._without(step)
         for name, channels in step.items():
             self.scores[name][channels] = float(number)
             if len(step) == 1:  # a part of the step may be enough
@@ -209,8 +216,8 @@ class _Search:
             if name in present and len(present[name]) < len(mask):
                 self.left[name] = self.left[name][survivors(mask)]
 
-    def _without(self, step: Step) -> tuple[fx.GraphModule, Masks]:
-        """The model without the channels of one more step, and the masks that made it."""
+    def _without(self, step: Step) -> _Left:
+        """What is left without the channels of one more step."""
         stays = {
             name: torch.ones(len(scale), dtype=torch.float64)
             for name, scale in scales_of(self.model).items()
@@ -224,21 +231,14 @@ class _Search:
         before, after = (heirs(self.sums, parse(m).blocks) for m in (self.model, model))
         blocks = parse(model).blocks
         touched = [_has(b, step) or after[b.add.name] != before[b.add.name] for b in blocks]
-        behind = blocks[touched.index(True) :] if any(touched) else ()
-        reconstruct(model, self.sums, self.batches, {block.add.name for block in behind})
-        return model, masks
-
-    def _loss_of(self, model: fx.GraphModule) -> float:
+        behind = blocks[touched.index(True) :][:REACH] if any(touched) else ()
+        among = {block.add.name for block in behind}
+        outputs = reconstruct(model, self.sums, self.batches, among)
         losses = [
             distillation_loss(found, expected, TEMPERATURE).item()
-            for found, expected in zip(self._outputs(model), self.expected, strict=True)
+            for found, expected in zip(outputs, self.expected, strict=True)
         ]
-        return sum(losses) / len(losses)
-
-    @torch.no_grad()
-    def _outputs(self, model: fx.GraphModule) -> list[Tensor]:
-        with by_batch(model):
-            return [model(batch) for batch in self.batches]
+        return _Left(model, masks, sum(losses) / len(losses))
 
 
 def _has(block: Block, step: Step) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -35,7 +36,7 @@ from rmprune.models import create_model
 from rmprune.narrowing import cut, move_statistics, narrow, widen
 from rmprune.selection import Masks, apply_masks, select
 from rmprune.slimming import scales_of
-from rmprune.store import save, write_csv
+from rmprune.store import load_tensors, save, save_tensors, write_csv
 from rmprune.targets import TOLERANCE, Target, search, thresholds_of
 
 IMPORTANCE_BATCHES = 2  # of 256 images
@@ -82,6 +83,7 @@ def prune(
     folder: Path,
     data: Dataset,
     choose: Choose | None = None,
+    kept: Path | None = None,
 ) -> Checkpoint:
     """Select channels and switch them off; save the masked model and its net.
 
@@ -91,27 +93,27 @@ def prune(
         folder: To write to.
         data: For the statistics of BNs, and whose held-out images a target of accuracy is for.
         choose: See `deploy`.
+        kept: Where latency tables and scores stand that do not depend on how much is to go, for
+            all prunings of the checkpoint; by default the folder.
 
     Raises:
         UsageError: No images were held out for a target of accuracy.
         PruningError: The target cannot be met.
     """
-    slim = checkpoint.build()
+    slim, kept = checkpoint.build(), kept or folder
     target = None if config.target is None else Target.parse(config.target)
     if target is None:
         check_importance(config.importance)
         masks = select(
             slim,
             config.threshold,
-            scores=by_scale(
-                slim, channel_weights(slim, "uniform", checkpoint.task, config, folder)
-            ),
+            scores=by_scale(slim, channel_weights(slim, "uniform", checkpoint.task, config, kept)),
             lowering=config.lowering,
             round_to=config.round_to,
         )
         masked = _switched_off(slim, checkpoint, masks, config)
     else:
-        masked = _masked_within(target, slim, checkpoint, config, folder, data, choose)
+        masked = _masked_within(target, slim, checkpoint, config, kept, data, choose)
     masked = _with_statistics(masked, checkpoint, _calibration(config, data))
     net = deploy(masked, choose)
     masked = replace(masked, forms=net.info.get("lowering"))
@@ -163,22 +165,15 @@ def _masked_within(
     slim: fx.GraphModule,
     checkpoint: Checkpoint,
     config: SlimConfig,
-    folder: Path,
+    kept: Path,
     data: Dataset,
     choose: Choose | None,
 ) -> Checkpoint:
     """The masked model that keeps the most channels within a target."""
     cost: Cost = target.kind if target.kind != "accuracy-drop" else config.cost
-    savings = channel_weights(slim, cost, checkpoint.task, config, folder)
+    savings = channel_weights(slim, cost, checkpoint.task, config, kept)
     if config.importance == "loss":
-        device = pick_device(config.device)
-        scores = by_loss(
-            copy.deepcopy(slim).to(device),
-            savings,
-            calibration_batches(hold_out(data, config.holdout)[0], device)[:IMPORTANCE_BATCHES],
-            lowering=config.lowering,
-            round_to=config.round_to,
-        )
+        scores = _loss_scores(slim, savings, config, data, kept)
     else:
         scores = by_scale(slim, savings)
     thresholds = thresholds_of(scores)
@@ -208,6 +203,32 @@ def _masked_within(
             data,
         )
     return _largest_within_budget(target, masked, thresholds, config, choose)
+
+
+def _loss_scores(
+    slim: fx.GraphModule,
+    savings: Mapping[str, float],
+    config: SlimConfig,
+    data: Dataset,
+    kept: Path,
+) -> dict[str, Tensor]:
+    """Scores of `by_loss`: the search takes minutes, so they are kept by what they depend on."""
+    settings = (savings, config.lowering, config.round_to, config.data, config.holdout)
+    digest = hashlib.sha256(repr(settings).encode())
+    for tensor in slim.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    path = kept / f"scores-{digest.hexdigest()[:16]}.safetensors"
+    if not path.exists():
+        device = pick_device(config.device)
+        scores = by_loss(
+            copy.deepcopy(slim).to(device),
+            savings,
+            calibration_batches(hold_out(data, config.holdout)[0], device)[:IMPORTANCE_BATCHES],
+            lowering=config.lowering,
+            round_to=config.round_to,
+        )
+        save_tensors(scores, path)
+    return load_tensors(path)
 
 
 class _Masked(Protocol):

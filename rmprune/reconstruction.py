@@ -3,7 +3,9 @@
 The last convolution of each block gets new weights by least squares on its inputs, so that
 the block's sum comes as near as it can to the whole model's: after channel pruning by
 reconstruction (He, Zhang & Sun 2017, arXiv 1707.06168, section 3.1), except that a block
-also takes over from the blocks behind it that are gone. BNs normalise by the batch.
+also takes over from the blocks behind it that are gone. Where a ReLU follows and the whole model
+is off, anything that is off will do (Zhang et al. 2016, arXiv 1505.06798, section 3.2). BNs
+normalise by the batch.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +55,7 @@ def reconstruct(
     sums: Sums,
     batches: Sequence[Tensor],
     among: Collection[str],
-) -> None:
+) -> list[Tensor]:
     """Fit the last convolutions of blocks to the sums of the whole model.
 
     Blocks are fitted one after the other, each on the inputs that those above now give.
@@ -64,24 +67,29 @@ def reconstruct(
         sums: Of the model before, from the same batches.
         batches: Normalised images, ``(N, C, H, W)`` each.
         among: Names of the additions of the blocks to fit.
+
+    Returns:
+        What the model now makes of the batches, ``(N, classes)`` each.
     """
     chain = parse(pruned)
     wanted = heirs(sums, chain.blocks)
     with torch.no_grad(), by_batch(pruned):
         tensors = list(batches)
-        for item in chain.items:
+        for item, follower in zip_longest(chain.items, chain.items[1:]):
             if isinstance(item, Layer):
                 tensors = _through([item], tensors)
                 continue
+            rectified = isinstance(follower, Layer) and isinstance(follower.module, nn.ReLU)
             last = split_units(item.body)[-1]
             start = item.body.index(last.conv)
             hidden = _through(item.body[:start], tensors)
             sides = _through(item.shortcut, tensors)
             name = item.add.name
             if name in among and _can_be_fitted(item, last):
-                _fit(last, hidden, sums[wanted[name]] - _sampled(sides))
+                _fit(last, hidden, _sampled(sides), sums[wanted[name]], rectified)
             bodies = _through(item.body[start:], hidden)
             tensors = [body + side for body, side in zip(bodies, sides, strict=True)]
+    return tensors
 
 
 def heirs(sums: Collection[str], blocks: Sequence[Block]) -> dict[str, str]:
@@ -161,20 +169,28 @@ def _patches(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return x
 
 
-def _fit(unit: Unit, hidden: Sequence[Tensor], wanted: Tensor) -> None:
+def _fit(
+    unit: Unit, hidden: Sequence[Tensor], sides: Tensor, wanted: Tensor, rectified: bool
+) -> None:
     """Give a convolution with a BN the weights that make most of what is wanted.
 
     Args:
         unit: The convolution and its BN.
         hidden: What it reads, ``(N, C, H, W)`` each.
-        wanted: ``(channels, samples)``.
+        sides: What is added to it, ``(channels, samples)``.
+        wanted: The sum, ``(channels, samples)``.
+        rectified: Whether a ReLU reads the sum.
     """
     conv = unit.kernel
     assert unit.bn is not None
     bn = unit.bn.module
     assert isinstance(bn, nn.BatchNorm2d)
     kept = bn.weight != 0
-    missing = (wanted - _sampled([bn(conv(x)) for x in hidden])).double()[kept]
+    made = _sampled([bn(conv(x)) for x in hidden])
+    if rectified:
+        wanted = torch.where(wanted > 0, wanted, (made + sides).clamp(max=0))
+    wanted = wanted - sides
+    missing = (wanted - made).double()[kept]
     if not kept.any() or missing.square().mean() <= FITS * wanted.var():
         return
     inputs = _sampled([_patches(conv, x) for x in hidden]).double()

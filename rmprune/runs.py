@@ -71,11 +71,13 @@ def prune_and_finetune(
     config: SlimConfig,
     data: Dataset,
     track: Track = no_progress,
+    kept: Path | None = None,
 ) -> Checkpoint:
     """Select, switch off and fine-tune, in ``prune_steps`` steps; save the net.
 
     Each step but the last has a folder of its own, a target on the way (shares of cost fall
-    by the same factor each time), and its part of the fine-tuning epochs.
+    by the same factor each time), and its part of the fine-tuning epochs. For ``kept`` see
+    `rmprune.pruning.prune`.
     """
     steps, latest = config.prune_steps, sparse
     for step in range(1, steps + 1):
@@ -92,7 +94,8 @@ def prune_and_finetune(
             masked = Checkpoint.load(here / "masked.pt")  # a latency is never measured twice alike
         else:
             # On the way nothing is delivered, so that forms need not be measured.
-            masked = prune(latest, on_the_way, here, data, None if step == steps else likeliest)
+            choose = None if step == steps else likeliest
+            masked = prune(latest, on_the_way, here, data, choose, kept if step == 1 else None)
         latest = finetune(here, masked, on_the_way, data, track)
     return latest
 

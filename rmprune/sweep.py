@@ -270,7 +270,7 @@ def _point(
         model = _pruned_rival(_rival(method), trained, config, here, data, track)
         save_tensors(model.state_dict(), nets / f"{name}.safetensors")
         return [_measured(model, config, data, "residual", f"{name}.safetensors")]
-    finished = runs.prune_and_finetune(here, trained, config, data, track)
+    finished = runs.prune_and_finetune(here, trained, config, data, track, kept=place)
     found = {config.lowering: load(here / "net.safetensors")}
     if method == "rm" and config.lowering == "auto":
         found["plain"] = deploy(replace(finished, config=replace(config, lowering="plain")))

@@ -19,6 +19,7 @@ from rmprune.data import hold_out
 from rmprune.errors import PruningError, StoreError, TrainingError, UsageError
 from rmprune.measure import count_macs, evaluate
 from rmprune.models import create_model
+from rmprune.slimming import scales_of
 from rmprune.store import load
 
 CONFIG = dataclasses.replace(
@@ -324,6 +325,26 @@ def test_a_target_of_latency_is_met(run, tiny, tmp_path):
     net = load(tmp_path / "pruned.safetensors")
     found = min(pruning.deployed_ratio("latency", masked, net) for _ in range(3))
     assert found < 0.75  # the machine is shared; the search itself asks for 0.6
+
+
+def test_losses_are_searched_once_a_training(run, tiny, tmp_path, monkeypatch):
+    searched = []
+
+    def by_loss(slim, savings, batches, *, lowering, round_to):  # noqa: ARG001
+        searched.append(slim)
+        return {name: scale.double() for name, scale in scales_of(slim).items()}
+
+    monkeypatch.setattr(pruning, "by_loss", by_loss)
+    slim, config = run[1].build(), CONFIG
+    savings = dict.fromkeys(scales_of(slim), 1.0)
+    first = pruning._loss_scores(slim, savings, config, tiny, tmp_path)
+    again = pruning._loss_scores(slim, savings, config, tiny, tmp_path)
+    assert len(searched) == 1
+    states_equal(first, again)
+    torch.nn.init.zeros_(next(slim.parameters()))
+    pruning._loss_scores(slim, savings, config, tiny, tmp_path)
+    pruning._loss_scores(slim, savings | {"bn1": 2.0}, config, tiny, tmp_path)
+    assert len(searched) == 3
 
 
 def test_accuracy_is_kept_on_images_held_out(tiny, tmp_path):

@@ -97,7 +97,8 @@ def prune(run: Path, out: Path | None, **settings: Any) -> None:
             "`rmprune train --resume` goes on",
             err=True,
         )
-    masked = pruning.prune(start, config, out, load_images(config, start.task))
+    images = load_images(config, start.task)
+    masked = pruning.prune(start, config, out, images, kept=path.parent)
     _say_selection(masked)
     say_size(load(out / "pruned.safetensors"), out / "pruned.safetensors")
     kind = "" if config.target is None else Target.parse(config.target).kind
