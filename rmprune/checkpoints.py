@@ -22,6 +22,7 @@ from rmprune.lowering import Choose, Form, fastest, lower
 from rmprune.models import create_model
 from rmprune.narrowing import narrow
 from rmprune.plain import PlainNet
+from rmprune.processes import local_device
 from rmprune.removal import prune as remove_dead_channels
 from rmprune.rewrite import collapse
 from rmprune.selection import Masks, apply_masks
@@ -70,6 +71,7 @@ class SlimConfig:
         device: ``auto``, ``cpu``, ``cuda``, ….
         precision: ``auto``, ``float32`` or ``bf16``.
         compile: ``auto``, ``off`` or ``on``.
+        sync_bn: Whether BNs share their statistics where several processes train.
     """
 
     model: str = "resnet20"
@@ -101,6 +103,7 @@ class SlimConfig:
     device: str = "auto"
     precision: Precision = "auto"
     compile: Compile = "auto"
+    sync_bn: bool = False
 
     def __post_init__(self) -> None:
         for name in ("sparsity", "threshold"):
@@ -125,6 +128,7 @@ class SlimConfig:
             seed=self.seed,
             precision=self.precision,
             compile=self.compile,
+            sync_bn=self.sync_bn,
         )
 
     @property
@@ -284,13 +288,13 @@ def read_config(folder: Path) -> SlimConfig | None:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto``: a GPU if there is one.
+    """``auto``: a GPU if there is one; of several processes, each takes its own.
 
     Raises:
         UsageError: There is no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return local_device() if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

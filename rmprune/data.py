@@ -31,6 +31,7 @@ from rmprune.progress import Track, no_progress
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 DIGITS_SIZE = 32  # pixels; the 8×8 originals would vanish in three stages of a ResNet
+EVERYTHING = slice(None)
 DECODERS = min(8, os.cpu_count() or 1)
 
 
@@ -382,6 +383,7 @@ def train_batches(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format,
+    part: slice = EVERYTHING,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of shuffled, augmented and normalised batches; a last, smaller one is left out.
 
@@ -395,34 +397,55 @@ def train_batches(
         device: Where the batches go.
         dtype: Of the images.
         memory_format: Of the images.
+        part: Which images of each batch, where several processes share it.
 
     Yields:
-        Images ``(batch_size, 3, H, W)`` and labels ``(batch_size,)``.
+        Images ``(batch_size, 3, H, W)`` and labels ``(batch_size,)``, or the part of them.
     """
     normalise = _normaliser(mean, std, device, dtype, memory_format)
     order = torch.randperm(len(split.labels), generator=generator)
     size = min(batch_size, len(order))
     for start in range(0, len(order) - size + 1, size):
-        index = order[start : start + size]
-        images = augment(split.images[index], augmentation, generator)
+        index = order[start : start + size][part]
+        draws = draw(size, augmentation, generator)
+        images = augment(split.images[index], augmentation, *(drawn[part] for drawn in draws))
         yield normalise(images), split.labels[index].to(device)
 
 
-def augment(images: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-    """Crop and flip a batch, each image by its own draw.
+def draw(
+    count: int, augmentation: Augmentation, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What to do with so many images, at random.
+
+    Args:
+        count: N.
+        augmentation: What can be done.
+        generator: On the CPU.
+
+    Returns:
+        For `augment`: rows, columns and whether to flip, ``(N,)`` each.
+    """
+    rows, columns = torch.randint(0, 2 * augmentation.padding + 1, (2, count), generator=generator)
+    return rows, columns, torch.rand(count, generator=generator) < 0.5
+
+
+def augment(
+    images: Tensor, augmentation: Augmentation, rows: Tensor, columns: Tensor, flipped: Tensor
+) -> Tensor:
+    """Crop and flip a batch, each image in its own way.
 
     Args:
         images: ``(N, C, H, W)``.
         augmentation: What to do.
-        generator: On the CPU.
+        rows: Where in the padded image the crop begins, ``(N,)``.
+        columns: The same, from the left.
+        flipped: Whether to mirror the crop, if that is wanted, ``(N,)`` of bool.
 
     Returns:
         The same shape; a new tensor.
     """
     count, height, width = len(images), images.shape[2], images.shape[3]
     padding = augmentation.padding
-    rows, columns = torch.randint(0, 2 * padding + 1, (2, count), generator=generator)
-    flipped = torch.rand(count, generator=generator) < 0.5
     if padding:
         windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
         images = windows[torch.arange(count), :, rows, columns]

@@ -49,3 +49,7 @@ class ExportError(RmpruneError):
 
 class PruningError(RmpruneError):
     """Channels cannot be selected or removed."""
+
+
+class PeerError(RmpruneError):
+    """Another process of the same run has failed, and tells why."""

@@ -8,12 +8,15 @@
 
 Beside them stand ``config.json`` and ``metrics.csv`` (one row an epoch). A checkpoint tells
 all that is needed to build its model again, so that every stage can be run by itself.
+
+Of several processes (see `rmprune.processes`) the first one alone reads, selects and writes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +34,9 @@ from rmprune.checkpoints import (
     trained_model,
 )
 from rmprune.data import Dataset, hold_out
-from rmprune.lowering import likeliest
+from rmprune.lowering import Choose, likeliest
 from rmprune.plots import plot_run
+from rmprune.processes import agreed, is_first
 from rmprune.progress import Track, no_progress
 from rmprune.pruning import channel_weights, prune
 from rmprune.reports import compare, environment
@@ -50,17 +54,20 @@ def train(
 ) -> Checkpoint:
     """Train for sparsity, going on where the folder's ``sparse.pt`` stands."""
     device = pick_device(config.device)
-    torch.manual_seed(config.seed)
-    model = trained_model(config, len(data.classes))
     path = folder / "sparse.pt"
-    write_json(dataclasses.asdict(config), folder / "config.json")
-    if path.exists():
-        checkpoint = Checkpoint.load(path)
-        slim = checkpoint.build(device)
-    else:
-        slim = add_shortcut_bn(model.to(device), calibration_batches(data, device))
-        checkpoint = Checkpoint("sparse", config, Task.of(data), slim.state_dict())
-    weights = channel_weights(slim, config.cost, checkpoint.task, config, folder)
+
+    def begin() -> Checkpoint:
+        write_json(dataclasses.asdict(config), folder / "config.json")
+        if path.exists():
+            return Checkpoint.load(path)
+        torch.manual_seed(config.seed)
+        model = trained_model(config, len(data.classes)).to(device)
+        slim = add_shortcut_bn(model, calibration_batches(data, device)).cpu()
+        return Checkpoint("sparse", config, Task.of(data), slim.state_dict())
+
+    checkpoint = agreed(begin)
+    slim = checkpoint.build(device)
+    weights = agreed(lambda: channel_weights(slim, config.cost, checkpoint.task, config, folder))
     penalty = Penalty(scale_parameters(slim), config.sparsity, weights)
     return fit_kept(slim, checkpoint, config.training(), data, path, device, track, penalty)
 
@@ -90,14 +97,27 @@ def prune_and_finetune(
             config.finetune_epochs * step // steps - config.finetune_epochs * (step - 1) // steps
         )
         on_the_way = replace(on_the_way, finetune_epochs=epochs)
-        if (here / "finetuned.pt").exists():
-            masked = Checkpoint.load(here / "masked.pt")  # a latency is never measured twice alike
-        else:
-            # On the way nothing is delivered, so that forms need not be measured.
-            choose = None if step == steps else likeliest
-            masked = prune(latest, on_the_way, here, data, choose, kept if step == 1 else None)
-        latest = finetune(here, masked, on_the_way, data, track)
+        # On the way nothing is delivered, so that forms need not be measured.
+        choose = None if step == steps else likeliest
+        select = partial(
+            _pruned, latest, on_the_way, here, data, choose, kept if step == 1 else None
+        )
+        latest = finetune(here, agreed(select), on_the_way, data, track)
     return latest
+
+
+def _pruned(
+    latest: Checkpoint,
+    config: SlimConfig,
+    folder: Path,
+    data: Dataset,
+    choose: Choose | None,
+    kept: Path | None,
+) -> Checkpoint:
+    """The masked model that a folder's fine-tuning began with, or a new one."""
+    if (folder / "finetuned.pt").exists():
+        return Checkpoint.load(folder / "masked.pt")  # a latency is never measured twice alike
+    return prune(latest, config, folder, data, choose, kept)
 
 
 def finetune(
@@ -110,13 +130,12 @@ def finetune(
     """Fine-tune under the masks, going on where ``finetuned.pt`` stands; save the net."""
     device = pick_device(config.device)
     path = folder / "finetuned.pt"
-    if path.exists():
-        checkpoint = Checkpoint.load(path)
-    else:
-        checkpoint = replace(masked, stage="finetuned", config=config)
+    new = replace(masked, stage="finetuned", config=config)
+    checkpoint = agreed(lambda: Checkpoint.load(path) if path.exists() else new)
     slim = checkpoint.build(device)
     checkpoint = fit_kept(slim, checkpoint, config.finetuning(), data, path, device, track)
-    save(deploy(checkpoint), folder / "net.safetensors")
+    if is_first():
+        save(deploy(checkpoint), folder / "net.safetensors")
     return checkpoint
 
 
@@ -135,13 +154,12 @@ def finetune_plain(
     device = pick_device(config.device)
     path, result = plain_paths(folder, source)
     net = calibrate_bn(load(source).to(device), calibration_batches(data, device))
-    if path.exists():
-        checkpoint = Checkpoint.load(path)
-        net.load_state_dict(checkpoint.model)
-    else:
-        checkpoint = Checkpoint("plain", config, Task.of(data), net.state_dict())
+    new = Checkpoint("plain", config, Task.of(data), net.state_dict())
+    checkpoint = agreed(lambda: Checkpoint.load(path) if path.exists() else new)
+    net.load_state_dict(checkpoint.model)
     checkpoint = fit_kept(net, checkpoint, config.finetuning(), data, path, device, track)
-    save(collapse(net).cpu(), result)
+    if is_first():
+        save(collapse(net).cpu(), result)
     return checkpoint
 
 
@@ -186,12 +204,16 @@ def fit_kept(
         teacher = trained_model(start.config, len(data.classes))
     data, _ = hold_out(data, start.config.holdout)
 
+    def keep(checkpoint: Checkpoint) -> None:
+        if is_first():
+            checkpoint.save(path)
+            _write_metrics(path.with_name("metrics.csv"), checkpoint)
+
     def after_epoch(result: EpochResult, state: dict[str, Any]) -> None:
         nonlocal latest
         row = {"stage": start.stage, **dataclasses.asdict(result)}
         latest = replace(latest, **state, history=(*latest.history, row))
-        latest.save(path)
-        _write_metrics(path.with_name("metrics.csv"), latest)
+        keep(latest)
 
     resume_from = None
     if start.optimizer is not None:
@@ -212,8 +234,7 @@ def fit_kept(
         track=track,
     )
     if latest is start:
-        latest.save(path)
-        _write_metrics(path.with_name("metrics.csv"), latest)
+        keep(latest)
     return latest
 
 

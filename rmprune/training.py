@@ -3,6 +3,9 @@
 Data order, augmentation and dropout are functions of (seed, epoch) alone and the learning
 rate is one of the step, so a run that resumes after an epoch goes on bit for bit (CPU, same
 number of threads) from the model's and the optimizer's state.
+
+Several processes (see `rmprune.processes`) train on parts of each batch, whose gradients
+`DistributedDataParallel` averages; the batches are those of one process.
 """
 
 from __future__ import annotations
@@ -12,17 +15,21 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from rmprune.data import Dataset, batch_count, train_batches
+from rmprune import processes
+from rmprune.data import Dataset, Split, batch_count, train_batches
 from rmprune.errors import TrainingError, UsageError
 from rmprune.measure import evaluate
 from rmprune.progress import Track, no_progress
+from rmprune.sync_bn import synchronized
 
 Precision = Literal["auto", "float32", "bf16"]
 Compile = Literal["auto", "off", "on"]
@@ -50,6 +57,8 @@ class TrainingConfig:
         precision: ``"bf16"`` autocasts; ``"auto"`` does so where the hardware computes it.
         compile: ``"on"``: `torch.compile` the model for training; ``"auto"`` does so in long
             trainings where there is a C++ compiler.
+        sync_bn: Whether BNs normalise by the whole batch where several processes share it;
+            otherwise each normalises by its part, and the first one's statistics are kept.
     """
 
     epochs: int
@@ -64,6 +73,7 @@ class TrainingConfig:
     seed: int = 0
     precision: Precision = "auto"
     compile: Compile = "auto"
+    sync_bn: bool = False
 
     def __post_init__(self) -> None:
         limits = {"epochs": 0, "batch_size": 1, "lr": 0, "weight_decay": 0, "seed": 0}
@@ -226,6 +236,7 @@ def fit(
 
     Raises:
         TrainingError: The loss is no longer finite.
+        UsageError: There are more processes than images in a batch.
     """
     device = torch.device(device)
     model.to(device).to(memory_format=torch.channels_last)
@@ -238,11 +249,13 @@ def fit(
     dtype = autocast_dtype(config.precision, device)
     steps = batch_count(data.train, config.batch_size)
     compiled = is_compiled(config, config.epochs * steps)
-    loss_of = _loss_function(model, teacher, config, device, dtype, compiled)
+    batch = min(config.batch_size, len(data.train.labels))
+    loss_of = _loss_function(_shared(model, batch), teacher, config, device, dtype, compiled)
     results: list[EpochResult] = []
     for epoch in range(first_epoch, config.epochs):
         model.train()
-        torch.manual_seed(_mixed(config.seed, epoch))  # dropout draws from the global generator
+        # Dropout draws from the global generator, for other images in every process.
+        torch.manual_seed(_mixed(config.seed, epoch) + processes.rank())
         label = f"epoch {epoch + 1}/{config.epochs}"
         if results:
             label += f", accuracy {results[-1].test_accuracy:.1%}"
@@ -255,17 +268,9 @@ def fit(
             penalty_share(config.schedule, (epoch + step / steps) / config.epochs)
             for step in range(steps)
         ]
-        loss = _train_epoch(batches, rates, shares, loss_of, optimizer, penalty)
-        correct, total = evaluate(
-            model,
-            data.test,
-            mean=data.mean,
-            std=data.std,
-            device=device,
-            autocast=dtype,
-            memory_format=torch.channels_last,
-        )
-        result = EpochResult(epoch + 1, loss, correct / total, rates[-1])
+        with synchronized(model) if config.sync_bn else nullcontext():
+            loss = _train_epoch(batches, rates, shares, loss_of, optimizer, penalty, batch)
+        result = EpochResult(epoch + 1, loss, _accuracy(model, data, device, dtype), rates[-1])
         results.append(result)
         if after_epoch is not None:
             state = {
@@ -276,6 +281,38 @@ def fit(
             after_epoch(result, state)
     model.eval()
     return results
+
+
+def _shared(model: nn.Module, batch_size: int) -> nn.Module:
+    """The model, with its gradients averaged over all processes."""
+    if processes.count() == 1:
+        return model
+    if processes.count() > batch_size:
+        raise UsageError(
+            f"{processes.count()} processes cannot share batches of {batch_size} images; "
+            "start fewer, or give a larger --batch-size"
+        )
+    return DistributedDataParallel(model)
+
+
+def _accuracy(
+    model: nn.Module, data: Dataset, device: torch.device, dtype: torch.dtype | None
+) -> float:
+    """Share of the test images, of which every process takes its part."""
+    mine = Split(
+        *(values[processes.part(len(values))] for values in (data.test.images, data.test.labels))
+    )
+    counts = evaluate(
+        model,
+        mine,
+        mean=data.mean,
+        std=data.std,
+        device=device,
+        autocast=dtype,
+        memory_format=torch.channels_last,
+    )
+    correct, images = processes.total(torch.tensor(counts)).tolist()
+    return float(correct / images)
 
 
 def _loss_function(
@@ -326,6 +363,7 @@ def _epoch_batches(
         std=data.std,
         device=device,
         memory_format=torch.channels_last,
+        part=processes.part(config.batch_size),
     )
 
 
@@ -336,15 +374,27 @@ def _train_epoch(
     loss_of: Callable[[Tensor, Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
     penalty: Pull | None,
+    batch_size: int,
 ) -> float:
-    """Take one step for each batch, learning rate and share; return the mean loss."""
+    """Take one step for each batch, learning rate and share; return the mean loss.
+
+    Args:
+        batches: This process's parts of them.
+        rates: Learning rates.
+        shares: Of the penalty.
+        loss_of: Mean loss of images and labels.
+        optimizer: Of all parameters.
+        penalty: Added to the gradients.
+        batch_size: Images that all processes together have in a step.
+    """
     total: Tensor | float = 0.0
     for step, ((images, labels), rate, share) in enumerate(
         zip(batches, rates, shares, strict=True)
     ):
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = loss_of(images, labels)
+        # The mean over processes is then the mean over the batch, however it was divided.
+        loss = loss_of(images, labels) * (len(labels) * processes.count() / batch_size)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         if penalty is not None:
@@ -353,7 +403,8 @@ def _train_epoch(
         total = total + loss.detach()
         if step % STEPS_BETWEEN_LOSS_CHECKS == 0 or step == len(rates) - 1:
             _check_finite(float(total), max(rates))
-    return float(total) / len(rates)
+    sums = processes.total(torch.as_tensor(total, dtype=torch.float64, device="cpu"))
+    return float(sums) / len(rates) / processes.count()
 
 
 def _check_finite(loss: float, rate: float) -> None:

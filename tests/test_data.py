@@ -18,6 +18,7 @@ from rmprune.data import (
     Split,
     augment,
     batch_count,
+    draw,
     eval_batches,
     load_data,
     train_batches,
@@ -204,7 +205,9 @@ def test_unknown_data(spec):
 def test_augmentation_is_torchvisions_pad_crop_and_flip(padding, flip, seed):
     images = torch.randint(0, 256, (4, 3, 7, 5), dtype=torch.uint8)
 
-    found = augment(images, Augmentation(padding, flip), torch.Generator().manual_seed(seed))
+    augmentation = Augmentation(padding, flip)
+    draws = draw(4, augmentation, torch.Generator().manual_seed(seed))
+    found = augment(images, augmentation, *draws)
 
     for image, result in zip(images, found, strict=True):
         padded = T.pad(image, padding)
@@ -217,7 +220,8 @@ def test_augmentation_is_torchvisions_pad_crop_and_flip(padding, flip, seed):
 def test_every_crop_and_both_directions_occur():
     image = torch.arange(12, dtype=torch.uint8).view(1, 1, 3, 4) + 1
     images = image.expand(2000, 1, 3, 4)
-    found = augment(images, Augmentation(1), torch.Generator().manual_seed(0))
+    draws = draw(2000, Augmentation(1), torch.Generator().manual_seed(0))
+    found = augment(images, Augmentation(1), *draws)
     different, counts = torch.unique(found.flatten(1), dim=0, return_counts=True)
     assert len(different) == 3 * 3 * 2
     assert counts.min() > 60  # 111 expected of each

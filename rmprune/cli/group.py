@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import click
 
-from rmprune import __version__
-from rmprune.errors import RmpruneError, UsageError
+from rmprune import __version__, processes
+from rmprune.errors import PeerError, RmpruneError, UsageError
 
 
 class _Commands(click.Group):
@@ -25,8 +28,12 @@ class _Commands(click.Group):
         debug = "--debug" in words  # wherever it stands, before the command or behind it
         words = [word for word in words if word != "--debug"]
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), ExitStack() as stack:
                 warnings.showwarning = _show_warning
+                stack.enter_context(processes.joined())
+                if not processes.is_first():
+                    nowhere = stack.enter_context(Path(os.devnull).open("w"))
+                    stack.enter_context(redirect_stdout(nowhere))
                 status = super().main(words, **{**options, "standalone_mode": False})
         except click.UsageError as error:
             _fail(error.format_message(), 2)
@@ -38,6 +45,8 @@ class _Commands(click.Group):
             if debug:
                 raise
             _fail(str(error), 2)
+        except PeerError:
+            sys.exit(1)
         except RmpruneError as error:
             if debug:
                 raise
@@ -55,7 +64,8 @@ def _fail(message: str, status: int) -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    click.echo(f"rmprune: note: {message}", err=True)
+    if processes.is_first():
+        click.echo(f"rmprune: note: {message}", err=True)
 
 
 @click.group(

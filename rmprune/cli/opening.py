@@ -13,6 +13,7 @@ from rmprune.cli.words import progress_bar
 from rmprune.data import Dataset, load_data
 from rmprune.errors import UsageError
 from rmprune.models import create_model
+from rmprune.processes import agreed, is_restarted
 from rmprune.store import load
 from rmprune.training import total_step_size
 
@@ -42,22 +43,27 @@ def begin(out: Path, resume: bool, config: SlimConfig) -> Dataset:
 
     The folder must hold no other run, and with ``--resume`` may hold the same one.
     """
-    found = read_config(out)
-    if found is not None and (out / "sparse.pt").exists():
-        check_same(found, config, out, resume)
-    elif resume:
-        click.echo(f"rmprune: note: {out} holds no run to resume; a new one begins", err=True)
-    pick_device(config.device)
-    if config.weights is None:
-        create_model(config.model)
-    data = load_images(config)
-    _hint_at_reach(config, data)
-    return data
+    images: list[Dataset] = []
+
+    def check() -> None:
+        found = read_config(out)
+        if found is not None and (out / "sparse.pt").exists():
+            check_same(found, config, out, resume)
+        elif resume:
+            click.echo(f"rmprune: note: {out} holds no run to resume; a new one begins", err=True)
+        pick_device(config.device)
+        if config.weights is None:
+            create_model(config.model)
+        images.append(load_images(config))
+        _hint_at_reach(config, images[0])
+
+    agreed(check)
+    return images[0] if images else load_images(config)  # the others find them decoded
 
 
 def check_same(found: SlimConfig, config: SlimConfig, folder: Path, resume: bool) -> None:
     """Refuse to go on with a run of other settings, or without ``--resume``."""
-    if not resume:
+    if not resume and not is_restarted():
         raise UsageError(f"{folder} holds a run; --resume goes on with it, or name another --out")
     changed = [
         f"--{field.name.replace('_', '-')} was {getattr(found, field.name)}"

@@ -183,6 +183,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "Compile the training step: faster after about a minute; auto does so in trainings "
         "of 3000 steps and more where there is a C++ compiler.",
     },
+    "sync_bn": {
+        "is_flag": True,
+        "help": "Under torchrun: let BNs normalise by the batch of all processes, as one process "
+        "does, and not by their own part of it.",
+    },
     "out": {"type": FOLDER, "default": Path("runs/slim"), "help": "Run folder."},
     "resume": {
         "is_flag": True,
@@ -191,7 +196,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 TASK = ("data", "data_root", "image_size")
-TRAINING = ("lr", "batch_size", "seed", "device", "precision", "compile")
+TRAINING = ("lr", "batch_size", "seed", "device", "precision", "compile", "sync_bn")
 SPARSITY = ("sparsity", "schedule", "cost", "holdout", "distill")
 PLATFORM = ("lowering", "round_to", "backend", "threads", "latency_batch")
 BUDGET = ("threshold", "target", "importance")

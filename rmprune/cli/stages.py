@@ -27,6 +27,7 @@ from rmprune.cli.options import (
 )
 from rmprune.cli.words import progress_bar, say_size
 from rmprune.errors import UsageError
+from rmprune.processes import is_first
 from rmprune.store import load
 from rmprune.targets import TOLERANCE, Target
 
@@ -45,6 +46,8 @@ def slim(out: Path, resume: bool, **settings: Any) -> None:
     data = begin(out, resume, config)
     sparse = runs.train(out, config, data, progress_bar)
     finished = runs.prune_and_finetune(out, sparse, config, data, progress_bar)
+    if not is_first():
+        return
     _say_selection(finished)
     table = runs.report(out, sparse, finished, data, progress_bar)
     click.echo(reports.as_text(table))
@@ -111,7 +114,7 @@ def prune(run: Path, out: Path | None, **settings: Any) -> None:
 @click.argument("run", type=EXISTING)
 @click.option("--plain", is_flag=True, help="Fine-tune a plain net: RUN is a .safetensors file.")
 @options(*TASK, "finetune_epochs", "distill", "finetune_lr", "batch_size", "seed", of_a_run=True)
-@options("device", "precision", "compile", of_a_run=True)
+@options("device", "precision", "compile", "sync_bn", of_a_run=True)
 @click.option("--out", type=FOLDER, help="Folder to write.  [default: the folder of RUN's files]")
 @options("resume")
 def finetune(run: Path, plain: bool, out: Path | None, resume: bool, **settings: Any) -> None:
@@ -148,8 +151,9 @@ def finetune(run: Path, plain: bool, out: Path | None, resume: bool, **settings:
         checkpoint = runs.finetune_plain(folder, source, config, data, progress_bar)
     else:
         checkpoint = runs.finetune(folder, masked, config, data, progress_bar)
-    click.echo(f"test accuracy {_accuracy(checkpoint)}")
-    say_size(load(net_path), net_path)
+    if is_first():
+        click.echo(f"test accuracy {_accuracy(checkpoint)}")
+        say_size(load(net_path), net_path)
 
 
 def _say_selection(masked: Checkpoint) -> None:
