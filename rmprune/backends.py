@@ -23,8 +23,9 @@ from torch.fx.proxy import TraceError
 from rmprune.c_library import compiled, find_compiler
 from rmprune.c_source import c_source
 from rmprune.errors import UsageError
+from rmprune.extras import extra
 from rmprune.measure import Latency, WideSpreadWarning, latency
-from rmprune.onnx_graph import OnnxGraph, extra, to_onnx
+from rmprune.onnx_graph import OnnxGraph, to_onnx
 
 Backend = Literal["torch", "onnxruntime", "openvino", "c"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)

@@ -18,7 +18,7 @@ import numpy as np
 
 from rmprune.arena import Life, Plan, plan
 from rmprune.errors import ExportError
-from rmprune.onnx_graph import extra
+from rmprune.extras import extra
 
 Array = np.ndarray[Any, np.dtype[Any]]
 CLAMPING = ("Conv", "Gemm", "Add")  # what can clamp its own results

@@ -18,6 +18,7 @@ from rmprune.costs import Cost, Lowering
 from rmprune.data import Dataset, calibration_images, eval_batches
 from rmprune.errors import StoreError, UsageError
 from rmprune.importance import Importance
+from rmprune.logs import LogKind
 from rmprune.lowering import Choose, Form, fastest, lower
 from rmprune.models import create_model
 from rmprune.narrowing import narrow
@@ -72,6 +73,7 @@ class SlimConfig:
         precision: ``auto``, ``float32`` or ``bf16``.
         compile: ``auto``, ``off`` or ``on``.
         sync_bn: Whether BNs share their statistics where several processes train.
+        log: What is written down of every epoch, see `rmprune.logs`.
     """
 
     model: str = "resnet20"
@@ -104,6 +106,7 @@ class SlimConfig:
     precision: Precision = "auto"
     compile: Compile = "auto"
     sync_bn: bool = False
+    log: LogKind = "csv"
 
     def __post_init__(self) -> None:
         for name in ("sparsity", "threshold"):

@@ -27,7 +27,8 @@ from rmprune.c_source import CSource, c_source
 from rmprune.data import Dataset, Split, calibration_images, eval_batches
 from rmprune.equalization import absorb_offsets, equalize
 from rmprune.errors import ExportError, UsageError
-from rmprune.onnx_graph import OnnxGraph, extra, to_onnx
+from rmprune.extras import extra
+from rmprune.onnx_graph import OnnxGraph, to_onnx
 from rmprune.plain import PlainNet
 from rmprune.quantization import quantize
 from rmprune.rewrite import fold_bn

@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rmprune.errors import StoreError, UsageError
+from rmprune.extras import extra
 
 INPUT, OUTPUT = "image", "logits"
-
-
-def extra(module: str, purpose: str, name: str = "onnx") -> ModuleType:
-    """A module of an optional extra.
-
-    Args:
-        module: To import.
-        purpose: What needs it.
-        name: Of the extra.
-
-    Raises:
-        UsageError: It is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UsageError(
-            f"{purpose} needs {module}; install it: pip install 'rmprune[{name}]'"
-        ) from error
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,10 @@ def _run_content(folder: Path) -> dict[str, Any]:
         "axes": axes,
         "points": points,
         "layers": {str(table["model"].iloc[-1]): records(layer_table(net))},
-        "curves": [_curve("training", pd.read_csv(folder / "metrics.csv"), 0)],
+        "curves": [
+            _curve("training", pd.read_csv(path), 0)
+            for path in folder.glob("metrics.csv")  # none with --log none
+        ],
     }
 
 

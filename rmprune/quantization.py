@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from rmprune.errors import UsageError
-from rmprune.onnx_graph import INPUT, extra
+from rmprune.extras import extra
+from rmprune.onnx_graph import INPUT
 
 
 def quantize(model: Any, batches: Iterable[Tensor]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform as machine
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,10 @@ def compare(
 def _named(track: Track, name: str) -> Track:
     """A display that says which net it is about."""
 
-    def named(iterable: Iterable[T], length: int, label: str) -> Iterable[T]:
-        return track(iterable, length, f"{label}: {name}")
+    def named(
+        iterable: Iterable[T], length: int, label: str, status: Callable[[], str] | None = None
+    ) -> Iterable[T]:
+        return track(iterable, length, f"{label}: {name}", status)
 
     return named
 

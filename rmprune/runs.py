@@ -34,6 +34,7 @@ from rmprune.checkpoints import (
     trained_model,
 )
 from rmprune.data import Dataset, hold_out
+from rmprune.logs import as_table, opened
 from rmprune.lowering import Choose, likeliest
 from rmprune.plots import plot_run
 from rmprune.processes import agreed, is_first
@@ -41,7 +42,7 @@ from rmprune.progress import Track, no_progress
 from rmprune.pruning import channel_weights, prune
 from rmprune.reports import compare, environment
 from rmprune.rewrite import calibrate_bn, collapse
-from rmprune.slimming import Penalty, add_shortcut_bn, scale_parameters
+from rmprune.slimming import Penalty, add_shortcut_bn, scale_parameters, scales_of
 from rmprune.store import load, save, write_csv, write_json
 from rmprune.targets import Target
 from rmprune.training import EpochResult, Pull, TrainingConfig, fit
@@ -183,7 +184,7 @@ def report(
     example = finetuned.task.example_input()
     table = compare(models, example, data, platform=config.platform, track=track)
     write_csv(table.assign(**environment(config.platform)), folder / "report.csv")
-    plot_run(pd.read_csv(folder / "metrics.csv"), net, folder / "run.png")
+    plot_run(as_table([*sparse.history, *finetuned.history]), net, folder / "run.png")
     return table
 
 
@@ -204,16 +205,25 @@ def fit_kept(
         teacher = trained_model(start.config, len(data.classes))
     data, _ = hold_out(data, start.config.holdout)
 
-    def keep(checkpoint: Checkpoint) -> None:
+    threshold = start.config.threshold
+
+    def note() -> str:
+        if start.stage != "sparse":
+            return ""
+        return f", {_share_under(model, threshold):.0%} of the channels under {threshold:g}"
+
+    def keep() -> None:
         if is_first():
-            checkpoint.save(path)
-            _write_metrics(path.with_name("metrics.csv"), checkpoint)
+            latest.save(path)
+        log(latest.history)
 
     def after_epoch(result: EpochResult, state: dict[str, Any]) -> None:
         nonlocal latest
         row = {"stage": start.stage, **dataclasses.asdict(result)}
+        if start.stage == "sparse":
+            row["under_threshold"] = _share_under(model, threshold)
         latest = replace(latest, **state, history=(*latest.history, row))
-        keep(latest)
+        keep()
 
     resume_from = None
     if start.optimizer is not None:
@@ -222,28 +232,25 @@ def fit_kept(
             "model": start.model,
             "optimizer": start.optimizer,
         }
-    fit(
-        model,
-        data,
-        config,
-        penalty=penalty,
-        teacher=teacher,
-        device=device,
-        resume_from=resume_from,
-        after_epoch=after_epoch,
-        track=track,
-    )
-    if latest is start:
-        keep(latest)
+    with opened(start.config.log, path.parent, start.stage, start.epoch) as log:
+        fit(
+            model,
+            data,
+            config,
+            penalty=penalty,
+            teacher=teacher,
+            device=device,
+            resume_from=resume_from,
+            after_epoch=after_epoch,
+            track=track,
+            note=note,
+        )
+        if latest is start:
+            keep()
     return latest
 
 
-def _write_metrics(path: Path, checkpoint: Checkpoint) -> None:
-    """Write the rows of a checkpoint's stage behind those of other stages."""
-    columns = ["stage", *(field.name for field in dataclasses.fields(EpochResult))]
-    rows = pd.DataFrame(list(checkpoint.history), columns=columns)
-    if path.exists():
-        earlier = pd.read_csv(path)
-        parts = [earlier[earlier["stage"] != checkpoint.stage], rows]
-        rows = pd.concat([part for part in parts if not part.empty] or [rows])
-    write_csv(rows, path)
+def _share_under(slim: nn.Module, threshold: float) -> float:
+    """The share of a model's channels whose scales are smaller than a threshold."""
+    scales = torch.cat([scale.cpu() for scale in scales_of(slim).values()])
+    return (scales < threshold).double().mean().item()

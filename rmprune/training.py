@@ -14,9 +14,10 @@ import copy
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -216,6 +217,7 @@ def fit(
     resume_from: dict[str, Any] | None = None,
     after_epoch: Callable[[EpochResult, dict[str, Any]], None] | None = None,
     track: Track = no_progress,
+    note: Callable[[], str] = str,
 ) -> list[EpochResult]:
     """Train a model in place; it is left in evaluation mode.
 
@@ -230,6 +232,7 @@ def fit(
             arguments; training goes on behind that epoch.
         after_epoch: Called with every epoch's result and the state to resume from.
         track: Progress display.
+        note: What else to show there of the model, behind the accuracy of the epoch before.
 
     Returns:
         The results of the epochs that this call trained.
@@ -258,8 +261,9 @@ def fit(
         torch.manual_seed(_mixed(config.seed, epoch) + processes.rank())
         label = f"epoch {epoch + 1}/{config.epochs}"
         if results:
-            label += f", accuracy {results[-1].test_accuracy:.1%}"
-        batches = track(_epoch_batches(data, config, epoch, device), steps, label)
+            label += f", accuracy {results[-1].test_accuracy:.1%}{note()}"
+        meter = _Meter(batch)
+        batches = track(_epoch_batches(data, config, epoch, device), steps, label, meter.status)
         rates = [
             learning_rate(config, epoch * steps + step, config.epochs * steps)
             for step in range(steps)
@@ -269,7 +273,7 @@ def fit(
             for step in range(steps)
         ]
         with synchronized(model) if config.sync_bn else nullcontext():
-            loss = _train_epoch(batches, rates, shares, loss_of, optimizer, penalty, batch)
+            loss = _train_epoch(batches, rates, shares, loss_of, optimizer, penalty, meter)
         result = EpochResult(epoch + 1, loss, _accuracy(model, data, device, dtype), rates[-1])
         results.append(result)
         if after_epoch is not None:
@@ -367,6 +371,28 @@ def _epoch_batches(
     )
 
 
+@dataclass
+class _Meter:
+    """How an epoch goes.
+
+    Attributes:
+        batch_size: Images that all processes together have in a step.
+        steps: Taken so far.
+        loss: Mean of this process's steps, when it was last looked at: that takes time on a GPU.
+        begin: When the epoch began, in seconds.
+    """
+
+    batch_size: int
+    steps: int = 0
+    loss: float = math.nan
+    begin: float = field(default_factory=time.perf_counter)
+
+    def status(self) -> str:
+        """For a progress bar."""
+        rate = self.steps * self.batch_size / (time.perf_counter() - self.begin)
+        return f"{rate:,.0f} images/s, loss {self.loss:.3f}"
+
+
 def _train_epoch(
     batches: Iterable[tuple[Tensor, Tensor]],
     rates: Sequence[float],
@@ -374,7 +400,7 @@ def _train_epoch(
     loss_of: Callable[[Tensor, Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
     penalty: Pull | None,
-    batch_size: int,
+    meter: _Meter,
 ) -> float:
     """Take one step for each batch, learning rate and share; return the mean loss.
 
@@ -385,7 +411,7 @@ def _train_epoch(
         loss_of: Mean loss of images and labels.
         optimizer: Of all parameters.
         penalty: Added to the gradients.
-        batch_size: Images that all processes together have in a step.
+        meter: Told of every step; knows how many images all processes together have in one.
     """
     total: Tensor | float = 0.0
     for step, ((images, labels), rate, share) in enumerate(
@@ -394,7 +420,7 @@ def _train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = rate
         # The mean over processes is then the mean over the batch, however it was divided.
-        loss = loss_of(images, labels) * (len(labels) * processes.count() / batch_size)
+        loss = loss_of(images, labels) * (len(labels) * processes.count() / meter.batch_size)
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         if penalty is not None:
@@ -402,7 +428,9 @@ def _train_epoch(
         optimizer.step()
         total = total + loss.detach()
         if step % STEPS_BETWEEN_LOSS_CHECKS == 0 or step == len(rates) - 1:
-            _check_finite(float(total), max(rates))
+            meter.loss = float(total) / (step + 1)
+            _check_finite(meter.loss, max(rates))
+        meter.steps += 1
     sums = processes.total(torch.as_tensor(total, dtype=torch.float64, device="cpu"))
     return float(sums) / len(rates) / processes.count()
 

@@ -44,7 +44,7 @@ from pathlib import Path
 from test_processes import CONFIG, few
 from rmprune import processes, runs
 
-def track(batches, length, label):
+def track(batches, length, label, status):
     lost = processes.rank() == 1 and not processes.is_restarted()
     if "KILL" in sys.argv[-1] and label.startswith("epoch 3") and lost:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -129,7 +129,7 @@ def trained():
             loss_of,
             training.make_optimizer(model, CONFIG.training()),
             penalty,
-            20,
+            training._Meter(20),
         )
     return loss, model.state_dict()
 

@@ -188,6 +188,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "Under torchrun: let BNs normalise by the batch of all processes, as one process "
         "does, and not by their own part of it.",
     },
+    "log": {
+        "type": click.Choice(["csv", "tensorboard", "none"]),
+        "default": DEFAULTS.log,
+        "help": "Write loss, accuracy, learning rate and share of channels under the threshold "
+        "after every epoch: to metrics.csv, and to event files, too, or not at all.",
+    },
     "out": {"type": FOLDER, "default": Path("runs/slim"), "help": "Run folder."},
     "resume": {
         "is_flag": True,
@@ -196,7 +202,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 TASK = ("data", "data_root", "image_size")
-TRAINING = ("lr", "batch_size", "seed", "device", "precision", "compile", "sync_bn")
+TRAINING = ("lr", "batch_size", "seed", "device", "precision", "compile", "sync_bn", "log")
 SPARSITY = ("sparsity", "schedule", "cost", "holdout", "distill")
 PLATFORM = ("lowering", "round_to", "backend", "threads", "latency_batch")
 BUDGET = ("threshold", "target", "importance")

@@ -114,7 +114,7 @@ def prune(run: Path, out: Path | None, **settings: Any) -> None:
 @click.argument("run", type=EXISTING)
 @click.option("--plain", is_flag=True, help="Fine-tune a plain net: RUN is a .safetensors file.")
 @options(*TASK, "finetune_epochs", "distill", "finetune_lr", "batch_size", "seed", of_a_run=True)
-@options("device", "precision", "compile", "sync_bn", of_a_run=True)
+@options("device", "precision", "compile", "sync_bn", "log", of_a_run=True)
 @click.option("--out", type=FOLDER, help="Folder to write.  [default: the folder of RUN's files]")
 @options("resume")
 def finetune(run: Path, plain: bool, out: Path | None, resume: bool, **settings: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,9 +14,12 @@ from rmprune.plain import PlainNet
 T = TypeVar("T")
 
 
-def progress_bar(iterable: Iterable[T], length: int, label: str) -> Iterator[T]:
-    """Show a bar with the time left; on a pipe, only the label."""
-    with click.progressbar(iterable, length=length, label=label) as bar:
+def progress_bar(
+    iterable: Iterable[T], length: int, label: str, status: Callable[[], str] | None = None
+) -> Iterator[T]:
+    """Show a bar with the time left and a status; on a pipe, only the label."""
+    show = None if status is None else lambda _: status()
+    with click.progressbar(iterable, length=length, label=label, item_show_func=show) as bar:
         yield from bar
 
 
