@@ -189,9 +189,7 @@ def save_tensors(state: Mapping[str, Tensor], path: Path | str) -> None:
     Raises:
         StoreError: The file cannot be written.
     """
-    data = safetensors.torch.save(_copies(state))
-    with _atomic(path) as handle:
-        handle.write(data)
+    write_bytes(safetensors.torch.save(_copies(state)), path)
 
 
 def load_tensors(path: Path | str) -> dict[str, Tensor]:
@@ -311,7 +309,15 @@ def write_csv(frame: pd.DataFrame, path: Path | str) -> None:
     Raises:
         StoreError: The file cannot be written.
     """
-    data = frame.to_csv(index=False, lineterminator="\n").encode()
+    write_bytes(frame.to_csv(index=False, lineterminator="\n").encode(), path)
+
+
+def write_bytes(data: bytes, path: Path | str) -> None:
+    """Write a file as it is.
+
+    Raises:
+        StoreError: The file cannot be written.
+    """
     with _atomic(path) as handle:
         handle.write(data)
 

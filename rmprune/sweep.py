@@ -11,9 +11,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,7 +30,7 @@ from rmprune.data import Dataset
 from rmprune.errors import UsageError
 from rmprune.measure import count_macs, count_params, evaluate
 from rmprune.models import create_model
-from rmprune.progress import Track, no_progress
+from rmprune.progress import Track
 from rmprune.reports import environment, records
 from rmprune.rivals import (
     Rival,
@@ -38,8 +40,18 @@ from rmprune.rivals import (
     prune_until,
     with_convolved_shortcuts,
 )
-from rmprune.store import load, load_tensors, read_json, save, save_tensors, write_csv, write_json
+from rmprune.store import (
+    load,
+    load_tensors,
+    read_json,
+    save,
+    save_tensors,
+    write_bytes,
+    write_csv,
+    write_json,
+)
 from rmprune.targets import Target
+from rmprune.workers import Here, Job, Workers
 
 Method = Literal["rm", "slimming", Rival]
 TIMED_ON: tuple[Backend, ...] = ("torch", "onnxruntime")
@@ -113,42 +125,114 @@ def name_of(method: Method, config: SlimConfig, level: str = "") -> str:
 
 
 def run(
-    folder: Path, sweep: Sweep, data: Dataset, track: Track = no_progress, say: Say = print
+    folder: Path,
+    sweep: Sweep,
+    open_data: Callable[[], Dataset],
+    workers: Workers | None = None,
+    say: Say = print,
 ) -> pd.DataFrame:
-    """Train and prune whatever has no row yet; then time all nets in one run.
+    """Train and prune whatever has no row yet.
 
     Args:
         folder: Of the sweep; whoever wants a new one gives a new folder.
         sweep: What to do.
-        data: To train and test on.
-        track: Progress display of the trainings.
+        open_data: Loads the data to train and test on, wherever a job runs.
+        workers: Where jobs run; by default in this process, one after the other. They keep what
+            they begin in the folder's ``trainings``, and go on there if they find it.
         say: Told of every point.
 
     Returns:
         The content of ``results.csv``. A point that failed has its ``error``.
     """
+    workers = workers or Here()
+    data = open_data()
     _note_plan(folder, sweep, Task.of(data))
     for model, weights in sweep.models:
         _add_original(folder, replace(sweep.base, model=model, weights=weights), data)
-    for method, config in sweep.trainings():
-        levels = [level for level in sweep.levels if not _is_done(folder, method, config, level)]
-        if not levels:
+    open_levels = [
+        (method, config, [v for v in sweep.levels if not _is_done(folder, method, config, v)])
+        for method, config in sweep.trainings()
+    ]
+    todo = [_Training(*values) for values in open_levels if values[-1]]
+    points = sum(len(training.levels) for training in todo)
+    done = itertools.count(1)
+
+    def note(training: _Training, level: str, rows: list[_Row], seconds: float) -> None:
+        method, config = training.method, training.config
+        for row, net in rows:
+            if net is not None:
+                write_bytes(net, folder / "nets" / row["net"])
+            _append(folder, {**_key(method, config, level), **row, "seconds": seconds})
+        number = next(done)
+        for row, _ in rows:
+            say(f"[{number}/{points}] {_in_words(method, config, level, row)}")
+
+    def job(training: _Training, level: str | None, sparse: bytes = b"") -> Job:
+        return partial(_work, folder, sweep, training, level, sparse, open_data, workers.track)
+
+    waiting: dict[int, tuple[_Training, str | None]] = {
+        number: (training, None)
+        for number, training in zip(
+            workers.start([job(training, None) for training in todo]), todo, strict=True
+        )
+    }
+    while waiting:
+        number, outcome = workers.finished()
+        training, level = waiting.pop(number)
+        try:
+            result, seconds = outcome()
+        except Exception as error:  # whatever it is, the other points can still be had
+            reason = " ".join(str(error).split())
+            failed = {"error": f"{type(error).__name__}: {reason}"}
+            for lost in training.levels if level is None else (level,):
+                note(training, lost, [(failed, None)], math.nan)
             continue
-        place = folder / "trainings" / name_of(method, config)
-        for level in levels:
-            here = sweep.leveled(config, level)
-            begin = time.perf_counter()
-            try:
-                trained = _train(method, place, config, data, track)
-                rows = _point(method, place, trained, here, level, folder / "nets", data, track)
-            except Exception as error:  # whatever it is, the other points can still be had
-                reason = " ".join(str(error).split())
-                rows = [{"error": f"{type(error).__name__}: {reason}"}]
-            seconds = time.perf_counter() - begin
-            for row in rows:
-                _append(folder, {**_key(method, config, level), **row, "seconds": seconds})
-                say(_in_words(method, config, level, row))
+        if level is not None:
+            note(training, level, result, seconds)
+            continue
+        numbers = workers.start([job(training, value, result) for value in training.levels])
+        waiting |= {n: (training, v) for n, v in zip(numbers, training.levels, strict=True)}
     return results(folder)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One training, and the levels that have no row yet."""
+
+    method: Method
+    config: SlimConfig
+    levels: Sequence[str]
+
+
+_Row = tuple[dict[str, Any], bytes | None]  # what a row tells besides its key, and the net's file
+
+
+def _work(
+    folder: Path,
+    sweep: Sweep,
+    training: _Training,
+    level: str | None,
+    sparse: bytes,
+    open_data: Callable[[], Dataset],
+    track: Track,
+) -> tuple[Any, float]:
+    """A job: a training, which gives its checkpoint's file; or a point of it, which gives rows.
+
+    Returns:
+        That, and the seconds that it took.
+    """
+    begin = time.perf_counter()
+    method, config, data = training.method, training.config, open_data()
+    place = folder / "trainings" / name_of(method, config)
+    path = place / "sparse.pt"
+    if level is None:
+        _train(method, place, config, data, track)
+        return path.read_bytes(), time.perf_counter() - begin
+    if not path.exists():  # trained on another machine
+        write_bytes(sparse, path)
+    here = sweep.leveled(config, level)
+    rows = _point(method, place, Checkpoint.load(path), here, level, data, track)
+    return rows, time.perf_counter() - begin
 
 
 def results(folder: Path) -> pd.DataFrame:
@@ -259,25 +343,28 @@ def _point(
     trained: Checkpoint,
     config: SlimConfig,
     level: str,
-    nets: Path,
     data: Dataset,
     track: Track,
-) -> list[dict[str, Any]]:
-    """Prune to a level, fine-tune, save and measure; a row for each net."""
+) -> list[_Row]:
+    """Prune to a level, fine-tune and measure; a row for each net, and its file."""
     name = name_of(method, config, level)
     here = place / level.replace("=", "-")
     if method not in ("rm", "slimming"):
         model = _pruned_rival(_rival(method), trained, config, here, data, track)
-        save_tensors(model.state_dict(), nets / f"{name}.safetensors")
-        return [_measured(model, config, data, "residual", f"{name}.safetensors")]
+        path = here / "net.safetensors"
+        save_tensors(model.state_dict(), path)
+        row = _measured(model, config, data, "residual", f"{name}.safetensors")
+        return [(row, path.read_bytes())]
     finished = runs.prune_and_finetune(here, trained, config, data, track, kept=place)
     found = {config.lowering: load(here / "net.safetensors")}
     if method == "rm" and config.lowering == "auto":
         found["plain"] = deploy(replace(finished, config=replace(config, lowering="plain")))
-    rows = []
+    rows: list[_Row] = []
     for lowering, net in found.items():
-        save(net, nets / f"{name}-{lowering}.safetensors")
-        rows.append(_measured(net, config, data, lowering, f"{name}-{lowering}.safetensors"))
+        path = here / f"{lowering}.safetensors"
+        save(net, path)
+        row = _measured(net, config, data, lowering, f"{name}-{lowering}.safetensors")
+        rows.append((row, path.read_bytes()))
     return rows
 
 

@@ -37,7 +37,7 @@ def sweep_folder(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     methods = ("rm", "torch-pruning:group-norm")
     plan = sweep.Sweep(CONFIG, (("resnet20", None),), methods, (1e-2,), ("macs=0.5",), (0,))
-    sweep.run(folder, plan, tiny, say=lambda _: None)
+    sweep.run(folder, plan, lambda: tiny, say=lambda _: None)
     sweep.time_all(folder, [Platform()], Task.of(tiny), lambda _: None, 2, 0.001)
     return folder
 

@@ -44,7 +44,7 @@ def plan(weights, **changes):
 def swept(tiny, weights, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     said = []
-    table = sweeps.run(folder, plan(weights), tiny, say=said.append)
+    table = sweeps.run(folder, plan(weights), lambda: tiny, say=said.append)
     return folder, table, said
 
 
@@ -73,7 +73,7 @@ def test_every_method_gives_its_points(swept, tiny):
 def test_a_finished_sweep_does_nothing(swept, tiny, weights):
     folder, table, _ = swept
     said = []
-    again = sweeps.run(folder, plan(weights), tiny, say=said.append)
+    again = sweeps.run(folder, plan(weights), lambda: tiny, say=said.append)
     assert said == []
     pd.testing.assert_frame_equal(again, table)
 
@@ -82,7 +82,7 @@ def test_more_values_join_the_same_sweep(tiny, weights, tmp_path):
     config = dataclasses.replace(SHORT, epochs=0, finetune_epochs=0)
     for level in ("threshold=0.5", "threshold=0.1", "threshold=0.5"):
         sweep = plan(weights, base=config, methods=("slimming",), levels=(level,))
-        table = sweeps.run(tmp_path, sweep, tiny, say=lambda _: None)
+        table = sweeps.run(tmp_path, sweep, lambda: tiny, say=lambda _: None)
     assert table["level"].tolist() == ["original", "threshold=0.5", "threshold=0.1"]
     plans = read_json(tmp_path / "sweep.json")["plans"]
     assert [found["levels"] for found in plans] == [["threshold=0.5"], ["threshold=0.1"]]
@@ -124,12 +124,12 @@ def test_a_failed_point_does_not_stop_the_others(tiny, weights, tmp_path, monkey
     config = dataclasses.replace(SHORT, epochs=0, finetune_epochs=0)
     sweep = plan(weights, base=config, methods=("rm",))
     said = []
-    table = sweeps.run(tmp_path, sweep, tiny, say=said.append)
+    table = sweeps.run(tmp_path, sweep, lambda: tiny, say=said.append)
     assert table["error"].dropna().tolist() == ["TrainingError: the loss is no longer finite"]
     assert table["accuracy"].notna().sum() == 3
     assert "failed: TrainingError" in said[0]
     monkeypatch.undo()
-    assert len(sweeps.run(tmp_path, sweep, tiny, say=said.append)) == len(table)
+    assert len(sweeps.run(tmp_path, sweep, lambda: tiny, say=said.append)) == len(table)
 
 
 def test_a_stopped_sweep_goes_on(tiny, weights, tmp_path, monkeypatch):
@@ -150,9 +150,9 @@ def test_a_stopped_sweep_goes_on(tiny, weights, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sweeps, "_append", append)
     with pytest.raises(KeyboardInterrupt):
-        sweeps.run(tmp_path, sweep, tiny, say=lambda _: None)
+        sweeps.run(tmp_path, sweep, lambda: tiny, say=lambda _: None)
     monkeypatch.undo()
-    table = sweeps.run(tmp_path, sweep, tiny, say=lambda _: None)
+    table = sweeps.run(tmp_path, sweep, lambda: tiny, say=lambda _: None)
     assert table["method"].tolist() == ["original", "rm", "rm", "slimming"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from rmprune.cli.options import (
     options,
 )
 from rmprune.cli.words import progress_bar
+from rmprune.data import load_data
 from rmprune.errors import UsageError
 from rmprune.page import page
 from rmprune.plots import draw_sweep
 from rmprune.store import write_csv, write_text
 from rmprune.sweep import METHODS, Method
+from rmprune.workers import Here, Processes, RayCluster, Workers
 
 
 @main.command()
@@ -89,7 +92,28 @@ from rmprune.sweep import METHODS, Method
 )
 @options(*TASK, "schedule", "cost", "holdout", "distill", "importance", "prune_steps", *PLATFORM)
 @options("epochs", "finetune_epochs", "finetune_lr", "lr", "batch_size", "device", "precision")
-@options("compile", "out", "resume")
+@options("compile", "log", "out", "resume")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Trainings and points at once on this machine, each with its share of the cores. "
+    "Targets of latency want 1.",
+)
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Run them on the Ray cluster at this address; local starts one here. Its nodes load "
+    "--data and --weights from the same paths.",
+)
+@click.option(
+    "--job-cpus",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="CPUs of a Ray cluster that each takes.",
+)
 def sweep(
     models: tuple[str, ...],
     weights: tuple[Path, ...],
@@ -100,6 +124,9 @@ def sweep(
     seeds: tuple[int, ...],
     out: Path,
     resume: bool,
+    jobs: int,
+    ray: str | None,
+    job_cpus: int,
     **settings: Any,
 ) -> None:
     """Train, prune and fine-tune many nets, by rmprune and by its rivals, and time all in one run.
@@ -125,15 +152,26 @@ def sweep(
     )
     if (out / "results.csv").exists() and not resume:
         raise UsageError(f"{out} holds a sweep; --resume goes on with it, or name another --out")
-    data = load_images(config)
-    sweeps.run(out, plan, data, progress_bar, click.echo)
+    task = Task.of(load_images(config))
+    workers: Workers = Here(progress_bar)
+    if ray is not None:
+        workers = RayCluster(ray, job_cpus)
+    elif jobs > 1:
+        workers = Processes(jobs)
+    open_data = partial(
+        load_data, config.data, root=Path(config.data_root), image_size=config.image_size
+    )
+    try:
+        sweeps.run(out, plan, open_data, workers, click.echo)
+    finally:
+        workers.close()
     places = [
         backends.Platform(backend, config.threads, batch)
         for backend in backends.installed()
         if backend in (*sweeps.TIMED_ON, config.backend)
         for batch in (1, 64)
     ]
-    sweeps.time_all(out, places, Task.of(data), click.echo)
+    sweeps.time_all(out, places, task, click.echo)
     failed = int(sweeps.results(out)["error"].notna().sum())
     click.echo(f"wrote {out / 'results.csv'} and latencies.csv; {failed} points failed")
 
