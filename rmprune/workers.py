@@ -21,6 +21,8 @@ from rmprune.errors import UsageError
 from rmprune.extras import extra
 from rmprune.progress import Track, no_progress
 
+RETRIES = 3  # of a job whose process or node is lost: one that needs too much memory kills them all
+
 Job = Callable[[], Any]
 Outcome = Callable[[], Any]  # returns a job's result, or raises what it raised
 
@@ -112,7 +114,7 @@ class Processes:
 
 
 class RayCluster:
-    """A Ray cluster. Jobs whose node is lost are done again on another one.
+    """A Ray cluster. A job whose node is lost is done again on another one, three times at most.
 
     Args:
         address: Of the cluster; ``"local"`` starts one on this machine.
@@ -139,7 +141,7 @@ class RayCluster:
         gpus = 1 if self._ray.cluster_resources().get("GPU") else 0
         # What a job raises is its result; only a lost process or node makes Ray try again.
         self._remote = self._ray.remote(
-            num_cpus=cpus, num_gpus=gpus, max_retries=-1, scheduling_strategy="SPREAD"
+            num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, scheduling_strategy="SPREAD"
         )(_with_threads)
         self._cpus = cpus
         self._numbers = itertools.count()
