@@ -51,7 +51,7 @@ from rmprune.store import (
     write_json,
 )
 from rmprune.targets import Target
-from rmprune.workers import Here, Job, Workers
+from rmprune.workers import Here, Workers
 
 Method = Literal["rm", "slimming", Rival]
 TIMED_ON: tuple[Backend, ...] = ("torch", "onnxruntime")
@@ -149,72 +149,73 @@ def run(
     _note_plan(folder, sweep, Task.of(data))
     for model, weights in sweep.models:
         _add_original(folder, replace(sweep.base, model=model, weights=weights), data)
-    open_levels = [
-        (method, config, [v for v in sweep.levels if not _is_done(folder, method, config, v)])
+    trainings = [
+        _Task(
+            method,
+            config,
+            tuple(v for v in sweep.levels if not _is_done(folder, method, config, v)),
+        )
         for method, config in sweep.trainings()
     ]
-    todo = [_Training(*values) for values in open_levels if values[-1]]
-    points = sum(len(training.levels) for training in todo)
+    points = sum(len(task.levels) for task in trainings)
     done = itertools.count(1)
+    waiting: dict[int, _Task] = {}
 
-    def note(training: _Training, level: str, rows: list[_Row], seconds: float) -> None:
-        method, config = training.method, training.config
+    def start(tasks: Sequence[_Task]) -> None:
+        jobs = [partial(_work, folder, sweep, task, open_data, workers.track) for task in tasks]
+        waiting.update(zip(workers.start(jobs), tasks, strict=True))
+
+    def note(task: _Task, level: str, rows: Sequence[_Row], seconds: float) -> None:
+        number = next(done)
         for row, net in rows:
             if net is not None:
                 write_bytes(net, folder / "nets" / row["net"])
-            _append(folder, {**_key(method, config, level), **row, "seconds": seconds})
-        number = next(done)
-        for row, _ in rows:
-            say(f"[{number}/{points}] {_in_words(method, config, level, row)}")
+            key = _key(task.method, task.config, level)
+            _append(folder, {**key, **row, "seconds": seconds})
+            say(f"[{number}/{points}] {_in_words(task.method, task.config, level, row)}")
 
-    def job(training: _Training, level: str | None, sparse: bytes = b"") -> Job:
-        return partial(_work, folder, sweep, training, level, sparse, open_data, workers.track)
-
-    waiting: dict[int, tuple[_Training, str | None]] = {
-        number: (training, None)
-        for number, training in zip(
-            workers.start([job(training, None) for training in todo]), todo, strict=True
-        )
-    }
+    start([task for task in trainings if task.levels])
     while waiting:
         number, outcome = workers.finished()
-        training, level = waiting.pop(number)
+        task = waiting.pop(number)
         try:
             result, seconds = outcome()
         except Exception as error:  # whatever it is, the other points can still be had
             reason = " ".join(str(error).split())
-            failed = {"error": f"{type(error).__name__}: {reason}"}
-            for lost in training.levels if level is None else (level,):
-                note(training, lost, [(failed, None)], math.nan)
+            for level in task.levels:
+                note(
+                    task, level, [({"error": f"{type(error).__name__}: {reason}"}, None)], math.nan
+                )
             continue
-        if level is not None:
-            note(training, level, result, seconds)
-            continue
-        numbers = workers.start([job(training, value, result) for value in training.levels])
-        waiting |= {n: (training, v) for n, v in zip(numbers, training.levels, strict=True)}
+        if task.sparse is None:
+            start([replace(task, levels=(level,), sparse=result) for level in task.levels])
+        else:
+            note(task, task.levels[0], result, seconds)
     return results(folder)
 
 
 @dataclass(frozen=True)
-class _Training:
-    """One training, and the levels that have no row yet."""
+class _Task:
+    """A training, or a point of one.
+
+    Attributes:
+        method: Of the training.
+        config: Its settings.
+        levels: Of the training, those that have no row yet; of a point, its own.
+        sparse: Of a point, the file of the checkpoint that it begins with.
+    """
 
     method: Method
     config: SlimConfig
-    levels: Sequence[str]
+    levels: tuple[str, ...]
+    sparse: bytes | None = None
 
 
 _Row = tuple[dict[str, Any], bytes | None]  # what a row tells besides its key, and the net's file
 
 
 def _work(
-    folder: Path,
-    sweep: Sweep,
-    training: _Training,
-    level: str | None,
-    sparse: bytes,
-    open_data: Callable[[], Dataset],
-    track: Track,
+    folder: Path, sweep: Sweep, task: _Task, open_data: Callable[[], Dataset], track: Track
 ) -> tuple[Any, float]:
     """A job: a training, which gives its checkpoint's file; or a point of it, which gives rows.
 
@@ -222,14 +223,15 @@ def _work(
         That, and the seconds that it took.
     """
     begin = time.perf_counter()
-    method, config, data = training.method, training.config, open_data()
+    method, config, data = task.method, task.config, open_data()
     place = folder / "trainings" / name_of(method, config)
     path = place / "sparse.pt"
-    if level is None:
+    if task.sparse is None:
         _train(method, place, config, data, track)
         return path.read_bytes(), time.perf_counter() - begin
-    if not path.exists():  # trained on another machine
-        write_bytes(sparse, path)
+    if not path.exists() or path.read_bytes() != task.sparse:  # trained on another machine
+        write_bytes(task.sparse, path)
+    (level,) = task.levels
     here = sweep.leveled(config, level)
     rows = _point(method, place, Checkpoint.load(path), here, level, data, track)
     return rows, time.perf_counter() - begin
