@@ -7,7 +7,7 @@ import torch
 from strategies import scramble
 from torch import nn
 
-from rmprune import backends, onnx_graph
+from rmprune import backends, extras
 from rmprune.backends import BACKENDS, Platform, deploy, graph_of, installed, time_deployed
 from rmprune.errors import UsageError
 from rmprune.models import create_model
@@ -71,7 +71,7 @@ def test_a_missing_extra_is_named(monkeypatch, backend, extra):
     def missing(name):
         raise ImportError(name)
 
-    monkeypatch.setattr(onnx_graph.importlib, "import_module", missing)
+    monkeypatch.setattr(extras.importlib, "import_module", missing)
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda _: None)
     assert installed() == ("torch",)
     with pytest.raises(UsageError, match=rf"needs {backend}; .*pip install 'rmprune\[{extra}\]'"):
