@@ -94,6 +94,7 @@ def main(spec: str, steps: int, rounds: int) -> None:
                 env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             )
             rows.append({"loop": name, "turn": turn, **json.loads(done.stdout.splitlines()[-1])})
+            print(rows[-1], flush=True)
     table = pd.DataFrame(rows)
     medians = table.groupby("loop", sort=False)[["images_per_s", "bytes_a_step"]].median().round()
     medians["ratio"] = (medians["images_per_s"] / medians["images_per_s"].iloc[0]).round(3)
