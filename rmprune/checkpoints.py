@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.backends import Backend, Platform
+from rmprune.batches import eval_batches
+from rmprune.compilation import Compile
 from rmprune.convert import convert
 from rmprune.costs import Cost, Lowering
-from rmprune.data import Dataset, calibration_images, eval_batches
-from rmprune.errors import StoreError, UsageError
+from rmprune.data import Dataset, calibration_images
+from rmprune.errors import StoreError, UsageError, first_line
 from rmprune.importance import Importance
 from rmprune.logs import LogKind
 from rmprune.lowering import Choose, Form, fastest, lower
@@ -30,7 +32,7 @@ from rmprune.selection import Masks, apply_masks
 from rmprune.slimming import add_shortcut_bn
 from rmprune.store import load_checkpoint, read_json, save_checkpoint
 from rmprune.targets import Target
-from rmprune.training import Compile, Precision, Schedule, TrainingConfig
+from rmprune.training import Precision, Schedule, TrainingConfig
 
 Scope = Literal["all", "inner"]
 CALIBRATION_IMAGES = 1024
@@ -46,6 +48,8 @@ class SlimConfig:
         data: As `rmprune.data.load_data` takes it.
         data_root: Where named data sets lie or are put.
         image_size: To resize images to, in pixels; None leaves them as they are.
+        color_jitter: Of training images, see `rmprune.augmentation.Augmentation`.
+        cutout: The same.
         sparsity: λ of the L1 penalty on channel scales.
         schedule: How λ rises over the training, see `rmprune.training.penalty_share`.
         threshold: Channels with a smaller scale go.
@@ -81,6 +85,8 @@ class SlimConfig:
     data: str = "digits"
     data_root: str = "data"
     image_size: int | None = None
+    color_jitter: float = 0.0
+    cutout: int = 0
     sparsity: float = 1e-4
     schedule: Schedule = "constant"
     threshold: float = 5e-3
@@ -131,6 +137,8 @@ class SlimConfig:
             seed=self.seed,
             precision=self.precision,
             compile=self.compile,
+            color_jitter=self.color_jitter,
+            cutout=self.cutout,
             sync_bn=self.sync_bn,
         )
 
@@ -204,6 +212,7 @@ class Checkpoint:
             channels are selected.
         epoch: Epochs trained in this stage.
         optimizer: The optimizer's state dict, if the stage trains.
+        compiled: Whether the stage trains compiled, once it is known.
         history: One row for each epoch of this stage.
     """
 
@@ -216,6 +225,7 @@ class Checkpoint:
     forms: dict[str, Form] | None = None
     epoch: int = 0
     optimizer: dict[str, Any] | None = None
+    compiled: bool | None = None
     history: tuple[dict[str, Any], ...] = ()
 
     def save(self, path: Path) -> None:
@@ -302,7 +312,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UsageError(f"device {name!r} cannot be used here: {reason}") from error
     return device
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.carrying import Bound, Carrier, Carry, Interval, Way, carrying_activation
-from rmprune.errors import ConversionError, UsageError
+from rmprune.errors import ConversionError, UsageError, first_line
 from rmprune.graph import GlobalMean, PadChannels, Subsample, trace
 from rmprune.layout import Downsample, Layout, weights_with_and_without_merging
 from rmprune.linear import Geometry, Rows, Value, add, concatenate, sorted_unique
@@ -128,7 +128,7 @@ def _outputs(model: nn.Module, example_input: Tensor) -> Tensor:
     except RuntimeError as error:
         raise UsageError(
             f"the model fails on an input of shape {tuple(example_input.shape)}: "
-            f"{str(error).splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error
     return outputs
 

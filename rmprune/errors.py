@@ -25,6 +25,11 @@ class TrainingError(RmpruneError):
     """Training cannot go on."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says, for messages of one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class ConversionError(RmpruneError):
     """A network cannot be rewritten without its residual connections.
 

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from rmprune.backends import Backend, Network, Platform, installed
+from rmprune.batches import eval_batches
 from rmprune.bench import bench
 from rmprune.c_library import Run, compiled, find_compiler
 from rmprune.c_source import CSource, c_source
-from rmprune.data import Dataset, Split, calibration_images, eval_batches
+from rmprune.data import Dataset, Split, calibration_images
 from rmprune.equalization import absorb_offsets, equalize
 from rmprune.errors import ExportError, UsageError
 from rmprune.extras import extra
@@ -73,7 +74,7 @@ def fed_images(split: Split, data: Dataset, raw: RawImages | None) -> Tensor:
         ``(N, 3, H, W)`` of float32, normalised; with ``raw``, ``(N, H, W, 3)`` of uint8.
     """
     if raw is not None:
-        return split.images.permute(0, 2, 3, 1).contiguous()
+        return split.images[:].permute(0, 2, 3, 1).contiguous()
     batches = eval_batches(split, 256, mean=data.mean, std=data.std, device=torch.device("cpu"))
     return torch.cat([images for images, _ in batches])
 
@@ -308,7 +309,7 @@ def _whole_batches(split: Split, count: int, size: int) -> Split:
         kept = len(split.labels) // size * size
     if not kept:
         raise UsageError(f"{len(split.labels)} images are no batch of {size}")
-    return Split(split.images[:kept], split.labels[:kept])
+    return split.at(slice(kept))
 
 
 def _agreement(expected: Tensor, found: Tensor, labels: Tensor) -> Agreement:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rmprune.errors import ConversionError
+from rmprune.errors import ConversionError, first_line
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
@@ -129,7 +129,7 @@ def trace(model: nn.Module, copied: bool = True) -> fx.GraphModule:
     except Exception as error:  # fx raises whatever the model's own code raises on proxies
         raise ConversionError(
             type(model).__name__,
-            f"torch.fx cannot trace the model ({str(error).splitlines()[0]})",
+            f"torch.fx cannot trace the model ({first_line(error)})",
             "forward() must not branch on the values or sizes of tensors",
         ) from error
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from rmprune.data import Dataset, Split, eval_batches
+from rmprune.batches import eval_batches
+from rmprune.data import Dataset, Split
 from rmprune.errors import UsageError
 from rmprune.progress import Track, no_progress
 
@@ -153,7 +154,7 @@ def evaluate(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     device: torch.device | str,
-    batch_size: int = 500,
+    batch_size: int = 250,
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
@@ -314,7 +315,7 @@ def measure(
     threads: int = 1,
     rounds: int = 15,
     min_seconds: float = 0.1,
-    batch_size: int = 500,
+    batch_size: int = 250,
     autocast: torch.dtype | None = None,
     track: Track = no_progress,
 ) -> Report:

@@ -76,6 +76,15 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def cores() -> int:
+    """CPU cores that this process may use, those of this machine shared out."""
+    if hasattr(os, "sched_getaffinity"):
+        found = len(os.sched_getaffinity(0))
+    else:
+        found = os.cpu_count() or 1
+    return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def agreed(compute: Callable[[], T]) -> T:
     """What the first process computes, in all of them.
 

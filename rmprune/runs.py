@@ -231,6 +231,7 @@ def fit_kept(
             "epoch": start.epoch,
             "model": start.model,
             "optimizer": start.optimizer,
+            "compiled": start.compiled,
         }
     with opened(start.config.log, path.parent, start.stage, start.epoch) as log:
         fit(

@@ -27,7 +27,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from rmprune.errors import StoreError
+from rmprune.errors import StoreError, first_line
 from rmprune.layers import (
     FUNCTIONS,
     ChannelGate,
@@ -214,7 +214,9 @@ def _tensors(data: bytes) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
     except Exception as error:  # safetensors' own, and what unknown dtypes raise
-        raise StoreError(f"it is cut off or damaged ({_line(error)}); copy it again") from error
+        raise StoreError(
+            f"it is cut off or damaged ({first_line(error)}); copy it again"
+        ) from error
     return tensors
 
 
@@ -261,8 +263,8 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
             ) from error
         except Exception as error:  # a damaged file can raise nearly anything
             raise StoreError(
-                f"it is no checkpoint, is cut off or is damaged ({_line(error)}); go back to an "
-                "earlier one or start the run again"
+                f"it is no checkpoint, is cut off or is damaged ({first_line(error)}); go back "
+                "to an earlier one or start the run again"
             ) from error
         if not isinstance(state, dict):
             raise StoreError(
@@ -363,11 +365,6 @@ def _explained(prefix: str) -> Iterator[None]:
         raise StoreError(f"{prefix}: {error}") from error
 
 
-def _line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def _read(path: Path, size: int = -1) -> bytes:
     try:
         if path.exists() and not path.is_file():
@@ -385,14 +382,14 @@ def _to_json(value: Any, indent: int | None = None) -> str:
     try:
         return json.dumps(value, allow_nan=False, indent=indent)
     except (TypeError, ValueError, RecursionError) as error:
-        raise StoreError(f"not everything in it is a JSON value: {_line(error)}") from error
+        raise StoreError(f"not everything in it is a JSON value: {first_line(error)}") from error
 
 
 def _from_json(text: bytes | str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise StoreError(f"it is cut off, damaged or not JSON ({_line(error)})") from error
+        raise StoreError(f"it is cut off, damaged or not JSON ({first_line(error)})") from error
 
 
 def _read_safetensors(path: Path) -> bytes:
@@ -575,7 +572,7 @@ def _build_layer(entry: Any) -> tuple[str, nn.Module]:
         with torch.device("meta"):
             return name, LAYERS[kind][0](**values)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        raise StoreError(f"layer {name!r} ({kind}) cannot be made: {_line(error)}") from error
+        raise StoreError(f"layer {name!r} ({kind}) cannot be made: {first_line(error)}") from error
 
 
 _NAMELESS = PlainNet(OrderedDict())  # its attributes are names that no layer can have

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -26,17 +25,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rmprune import processes
-from rmprune.data import Dataset, Split, batch_count, train_batches
+from rmprune.batches import batch_count, resident, train_batches
+from rmprune.compilation import Compile, begin_step, compiled, is_worth_timing, pays, undone
+from rmprune.data import Dataset
 from rmprune.errors import TrainingError, UsageError
 from rmprune.measure import evaluate
 from rmprune.progress import Track, no_progress
 from rmprune.sync_bn import synchronized
 
 Precision = Literal["auto", "float32", "bf16"]
-Compile = Literal["auto", "off", "on"]
 Schedule = Literal["constant", "warmup", "ramp"]
 STEPS_BETWEEN_LOSS_CHECKS = 50
-STEPS_WORTH_COMPILING = 3000  # compiling takes about a minute, a CPU step about 0.1 s
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,10 @@ class TrainingConfig:
         schedule: How a penalty rises over the training, see `penalty_share`.
         seed: Of data order, augmentation and dropout.
         precision: ``"bf16"`` autocasts; ``"auto"`` does so where the hardware computes it.
-        compile: ``"on"``: `torch.compile` the model for training; ``"auto"`` does so in long
-            trainings where there is a C++ compiler.
+        compile: ``"on"``: `torch.compile` the model for training; ``"auto"`` does so where a few
+            steps, timed with and without, say that it pays.
+        color_jitter: See `rmprune.augmentation.Augmentation`.
+        cutout: The same.
         sync_bn: Whether BNs normalise by the whole batch where several processes share it;
             otherwise each normalises by its part, and the first one's statistics are kept.
     """
@@ -74,6 +75,8 @@ class TrainingConfig:
     seed: int = 0
     precision: Precision = "auto"
     compile: Compile = "auto"
+    color_jitter: float = 0.0
+    cutout: int = 0
     sync_bn: bool = False
 
     def __post_init__(self) -> None:
@@ -82,6 +85,10 @@ class TrainingConfig:
             value = getattr(self, name)
             if not (value >= least and math.isfinite(value)):
                 raise UsageError(f"{name} must be finite and at least {least}, but it is {value}")
+
+
+# The mean loss of images ``(N, 3, H, W)`` and labels ``(N,)``.
+LossOf = Callable[[Tensor, Tensor], Tensor]
 
 
 class Pull(Protocol):
@@ -182,14 +189,6 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.SGD:
     )
 
 
-def is_compiled(config: TrainingConfig, steps: int) -> bool:
-    """Whether a training of so many steps goes through `torch.compile`."""
-    if config.compile != "auto":
-        return config.compile == "on"
-    compilers = (os.environ.get("CXX", "g++"), "clang++")
-    return steps >= STEPS_WORTH_COMPILING and any(map(shutil.which, compilers))
-
-
 def distillation_loss(outputs: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """``T² · KL(softmax(targets / T) ‖ softmax(outputs / T))`` (Hinton et al. 2015, section 2).
 
@@ -242,18 +241,23 @@ def fit(
         UsageError: There are more processes than images in a batch.
     """
     device = torch.device(device)
+    data = replace(data, train=resident(data.train, device), test=resident(data.test, device))
     model.to(device).to(memory_format=torch.channels_last)
     optimizer = make_optimizer(model, config)
-    first_epoch = 0
+    first_epoch, is_compiled = 0, None
     if resume_from is not None:
         model.load_state_dict(resume_from["model"])
         optimizer.load_state_dict(resume_from["optimizer"])
-        first_epoch = resume_from["epoch"]
+        first_epoch, is_compiled = resume_from["epoch"], resume_from["compiled"]
     dtype = autocast_dtype(config.precision, device)
     steps = batch_count(data.train, config.batch_size)
-    compiled = is_compiled(config, config.epochs * steps)
     batch = min(config.batch_size, len(data.train.labels))
-    loss_of = _loss_function(_shared(model, batch), teacher, config, device, dtype, compiled)
+    if teacher is not None:
+        teacher = copy.deepcopy(teacher).eval().to(device).to(memory_format=torch.channels_last)
+    loss_function = partial(_loss_function, _shared(model, batch), teacher, config, device, dtype)
+    if is_compiled is None:
+        is_compiled = _should_compile(loss_function, model, data, config, device)
+    loss_of = loss_function(is_compiled)
     results: list[EpochResult] = []
     for epoch in range(first_epoch, config.epochs):
         model.train()
@@ -272,7 +276,7 @@ def fit(
             penalty_share(config.schedule, (epoch + step / steps) / config.epochs)
             for step in range(steps)
         ]
-        with synchronized(model) if config.sync_bn else nullcontext():
+        with _normalising(model, config):
             loss = _train_epoch(batches, rates, shares, loss_of, optimizer, penalty, meter)
         result = EpochResult(epoch + 1, loss, _accuracy(model, data, device, dtype), rates[-1])
         results.append(result)
@@ -281,6 +285,7 @@ def fit(
                 "epoch": epoch + 1,
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
+                "compiled": is_compiled,
             }
             after_epoch(result, state)
     model.eval()
@@ -303,9 +308,7 @@ def _accuracy(
     model: nn.Module, data: Dataset, device: torch.device, dtype: torch.dtype | None
 ) -> float:
     """Share of the test images, of which every process takes its part."""
-    mine = Split(
-        *(values[processes.part(len(values))] for values in (data.test.images, data.test.labels))
-    )
+    mine = data.test.at(processes.part(len(data.test.labels)))
     counts = evaluate(
         model,
         mine,
@@ -325,23 +328,22 @@ def _loss_function(
     config: TrainingConfig,
     device: torch.device,
     dtype: torch.dtype | None,
-    compiled: bool,
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """What is minimised, of images ``(N, 3, H, W)`` and labels ``(N,)``."""
+    compile_it: bool,
+) -> LossOf:
+    """What is minimised."""
 
     def precision() -> torch.autocast:
         return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
     forward: Callable[[Tensor], Tensor] = model
     teach: Callable[[Tensor], Tensor] | None = teacher
-    if teacher is not None:
-        teacher = copy.deepcopy(teacher).eval().to(device).to(memory_format=torch.channels_last)
-        teach = teacher
-    if compiled:
-        forward = torch.compile(model)
-        teach = None if teacher is None else torch.compile(teacher)
+    if compile_it:
+        forward = compiled(model, device)
+        teach = None if teacher is None else compiled(teacher, device)
 
     def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+        if compile_it:
+            begin_step(device)
         with precision():
             outputs = forward(images).float()
         loss = F.cross_entropy(outputs, labels)
@@ -355,6 +357,36 @@ def _loss_function(
     return loss_of
 
 
+def _should_compile(
+    loss_function: Callable[[bool], LossOf],
+    model: nn.Module,
+    data: Dataset,
+    config: TrainingConfig,
+    device: torch.device,
+) -> bool:
+    """Whether to compile the loss; measured if the config leaves it open."""
+    steps = config.epochs * batch_count(data.train, config.batch_size)
+    if config.compile != "auto" or not is_worth_timing(steps):
+        return config.compile == "on"
+    images, labels = next(_epoch_batches(data, config, 0, device))
+
+    def step(loss_of: LossOf) -> float:
+        loss = loss_of(images, labels)
+        torch.autograd.backward(loss)
+        model.zero_grad(set_to_none=True)
+        return float(loss.detach())  # waits for the device
+
+    model.train()
+    with undone(model, device), _normalising(model, config):
+        eager, compiled_step = (partial(step, loss_function(choice)) for choice in (False, True))
+        return pays(eager, compiled_step, steps)
+
+
+def _normalising(model: nn.Module, config: TrainingConfig) -> AbstractContextManager[object]:
+    """BNs that normalise by the batches of all processes inside, if that is wanted."""
+    return synchronized(model) if config.sync_bn else nullcontext()
+
+
 def _epoch_batches(
     data: Dataset, config: TrainingConfig, epoch: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -362,7 +394,9 @@ def _epoch_batches(
         data.train,
         config.batch_size,
         generator=torch.Generator().manual_seed(_mixed(config.seed, epoch)),
-        augmentation=data.augmentation,
+        augmentation=replace(
+            data.augmentation, color_jitter=config.color_jitter, cutout=config.cutout
+        ),
         mean=data.mean,
         std=data.std,
         device=device,
@@ -397,7 +431,7 @@ def _train_epoch(
     batches: Iterable[tuple[Tensor, Tensor]],
     rates: Sequence[float],
     shares: Sequence[float],
-    loss_of: Callable[[Tensor, Tensor], Tensor],
+    loss_of: LossOf,
     optimizer: torch.optim.Optimizer,
     penalty: Pull | None,
     meter: _Meter,
@@ -419,9 +453,9 @@ def _train_epoch(
     ):
         for group in optimizer.param_groups:
             group["lr"] = rate
+        optimizer.zero_grad(set_to_none=True)
         # The mean over processes is then the mean over the batch, however it was divided.
         loss = loss_of(images, labels) * (len(labels) * processes.count() / meter.batch_size)
-        optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         if penalty is not None:
             penalty.add_to_gradients(share)

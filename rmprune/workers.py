@@ -9,7 +9,6 @@ import concurrent.futures
 import itertools
 import logging
 import multiprocessing
-import os
 import socket
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -17,8 +16,9 @@ from typing import Any, Protocol
 
 import torch
 
-from rmprune.errors import UsageError
+from rmprune.errors import UsageError, first_line
 from rmprune.extras import extra
+from rmprune.processes import cores
 from rmprune.progress import Track, no_progress
 
 RETRIES = 3  # of a job whose process or node is lost: one that needs too much memory kills them all
@@ -81,10 +81,9 @@ class Processes:
     track: Track = staticmethod(no_progress)
 
     def __init__(self, count: int) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        if count > (cores or 1):
-            raise UsageError(f"{count} jobs at once need as many cores, but there are {cores}")
-        self._threads = (cores or 1) // count
+        if count > cores():
+            raise UsageError(f"{count} jobs at once need as many cores, but there are {cores()}")
+        self._threads = cores() // count
         self._pool = concurrent.futures.ProcessPoolExecutor(
             count, multiprocessing.get_context("spawn")
         )
@@ -136,7 +135,7 @@ class RayCluster:
                 _check_reachable(address)
                 self._ray.init(address=address, **quiet)
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise UsageError(f"no Ray cluster at {address}: {reason}") from error
         gpus = 1 if self._ray.cluster_resources().get("GPU") else 0
         # What a job raises is its result; only a lost process or node makes Ray try again.

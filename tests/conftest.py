@@ -3,7 +3,8 @@ import torch
 from hypothesis import settings
 from sklearn.datasets import load_digits
 
-from rmprune.data import Augmentation, Dataset, Split
+from rmprune.augmentation import Augmentation
+from rmprune.data import Dataset, Split
 
 # Deadlines measure the machine, and workers of pytest-xdist share its cores. The usual run is the
 # same every time; `pytest --hypothesis-profile=long` looks for what no run has seen yet.

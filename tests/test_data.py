@@ -1,4 +1,4 @@
-"""Images as they are in the files; augmentation against torchvision; every way to be wrong."""
+"""Images as they are in the files, and every way for a data set to be wrong."""
 
 import os
 import shutil
@@ -7,25 +7,13 @@ import time
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
-from torchvision.transforms import functional as T
+from torchvision.transforms import v2
 
 from rmprune import data as module
-from rmprune.data import (
-    Augmentation,
-    Split,
-    augment,
-    batch_count,
-    draw,
-    eval_batches,
-    load_data,
-    train_batches,
-)
+from rmprune import folders
+from rmprune.data import load_data
 from rmprune.errors import DataError, UsageError
-
-CPU = torch.device("cpu")
 
 
 def write(path, size=(6, 5), mode="RGB", value=None):
@@ -84,7 +72,8 @@ def test_second_load_decodes_nothing(folder, monkeypatch):
     def forbidden(*_):
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(module, "_read_image", forbidden)
+    monkeypatch.setattr(folders, "_open", forbidden)
+    monkeypatch.setattr(folders, "read_image", lambda *_: np.empty((5, 6, 3), np.uint8))
     second = load_data(f"folder:{folder}")
     assert torch.equal(first.train.images, second.train.images)
 
@@ -99,7 +88,7 @@ def test_changed_folder_is_decoded_again(folder):
 
 def test_damaged_cache_is_decoded_again(folder):
     expected = load_data(f"folder:{folder}").train.images.clone()
-    for cached in module.cache_folder().iterdir():
+    for cached in folders.cache_folder().iterdir():
         cached.write_bytes(cached.read_bytes()[:140])
     assert torch.equal(load_data(f"folder:{folder}").train.images, expected)
 
@@ -178,7 +167,7 @@ def test_truncated_image_is_named(folder):
 def test_nothing_is_kept_of_a_decoding_that_failed(folder):
     (folder / "train" / "dog" / "1.png").write_bytes(b"")
     refuse(f"folder:{folder}", "cannot read image")
-    assert list(module.cache_folder().iterdir()) == []
+    assert list(folders.cache_folder().iterdir()) == []
 
 
 def test_cache_that_cannot_be_written(folder, tmp_path, monkeypatch):
@@ -201,82 +190,43 @@ def test_unknown_data(spec):
         load_data(spec)
 
 
-@given(st.integers(0, 3), st.booleans(), st.integers(0, 1000))
-def test_augmentation_is_torchvisions_pad_crop_and_flip(padding, flip, seed):
-    images = torch.randint(0, 256, (4, 3, 7, 5), dtype=torch.uint8)
-
-    augmentation = Augmentation(padding, flip)
-    draws = draw(4, augmentation, torch.Generator().manual_seed(seed))
-    found = augment(images, augmentation, *draws)
-
-    for image, result in zip(images, found, strict=True):
-        padded = T.pad(image, padding)
-        shifts = range(2 * padding + 1)
-        crops = [T.crop(padded, top, left, 7, 5) for top in shifts for left in shifts]
-        crops += [T.hflip(crop) for crop in crops] if flip else []
-        assert any(torch.equal(result, crop) for crop in crops)
+@pytest.fixture
+def large(folder, monkeypatch):
+    """A folder that is too large to keep decoded, with wide images."""
+    for index, file in enumerate(sorted(folder.rglob("*.png"))):
+        write(file, size=(12, 8), value=index)
+    monkeypatch.setattr(folders, "CACHE_LIMIT", 100)
+    return folder
 
 
-def test_every_crop_and_both_directions_occur():
-    image = torch.arange(12, dtype=torch.uint8).view(1, 1, 3, 4) + 1
-    images = image.expand(2000, 1, 3, 4)
-    draws = draw(2000, Augmentation(1), torch.Generator().manual_seed(0))
-    found = augment(images, Augmentation(1), *draws)
-    different, counts = torch.unique(found.flatten(1), dim=0, return_counts=True)
-    assert len(different) == 3 * 3 * 2
-    assert counts.min() > 60  # 111 expected of each
+def test_a_large_folder_stays_files(large):
+    data = load_data(f"folder:{large}", image_size=4)
+    assert isinstance(data.train.images, folders.ImageFiles)
+    assert data.image_shape == (3, 4, 4)
+    assert not folders.cache_folder().exists()
+    folders.CACHE_LIMIT = 1 << 30
+    decoded = load_data(f"folder:{large}", image_size=4)
+    assert torch.equal(data.test.images[:], decoded.test.images)
+    chosen = torch.tensor([3, 1])
+    assert torch.equal(data.train.at(chosen).images[:], decoded.train.images[chosen])
+    assert torch.equal(data.train.at(chosen).labels, decoded.train.labels[chosen])
+    assert torch.equal(data.train.images[slice(1, 3)], decoded.train.images[1:3])
 
 
-def test_batches_are_normalised_and_formatted(tiny):
-    options = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7), "device": CPU}
-    (images, labels), *rest = eval_batches(tiny.test, 20, **options, dtype=torch.float64)
-    assert [len(y) for _, y in rest] == [12]
-    expected = T.normalize(tiny.test.images[:20].double() / 255, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
-    torch.testing.assert_close(images, expected, rtol=0, atol=1e-12)
-    assert torch.equal(labels, tiny.test.labels[:20])
-    images, _ = next(
-        eval_batches(
-            tiny.test, 4, **options, dtype=torch.bfloat16, memory_format=torch.channels_last
-        )
-    )
-    assert images.dtype == torch.bfloat16
-    assert images.is_contiguous(memory_format=torch.channels_last)
+def test_a_large_folder_needs_a_size(large):
+    with pytest.raises(UsageError, match=r"train has 0 GB of pixels, .* give --image-size"):
+        load_data(f"folder:{large}")
 
 
-def test_an_epoch_shows_each_image_once_and_depends_on_the_generator_alone():
-    count = 50
-    split = Split(torch.zeros(count, 3, 4, 4, dtype=torch.uint8), torch.arange(count))
-
-    def labels(seed):
-        torch.manual_seed(int(time.time()))
-        generator = torch.Generator().manual_seed(seed)
-        batches = train_batches(
-            split,
-            12,
-            generator=generator,
-            augmentation=Augmentation(),
-            mean=(0,) * 3,
-            std=(1,) * 3,
-            device=CPU,
-        )
-        return [y for _, y in batches]
-
-    first = labels(1)
-    assert [len(y) for y in first] == [12] * 4 == [12] * batch_count(split, 12)
-    assert len(torch.cat(first).unique()) == 48
-    assert torch.equal(torch.cat(first), torch.cat(labels(1)))
-    assert not torch.equal(torch.cat(first), torch.cat(labels(2)))
-
-
-def test_a_batch_larger_than_the_data_is_the_data(tiny):
-    batches = train_batches(
-        tiny.train,
-        1000,
-        generator=torch.Generator().manual_seed(0),
-        augmentation=tiny.augmentation,
-        mean=tiny.mean,
-        std=tiny.std,
-        device=CPU,
-    )
-    assert [len(y) for _, y in batches] == [96]
-    assert batch_count(tiny.train, 1000) == 1
+def test_random_crops_are_torchvisions(large):
+    images = load_data(f"folder:{large}", image_size=4).train.images
+    with Image.open(large / "train" / "cat" / "1.png") as image:
+        pixels = v2.functional.pil_to_tensor(image)
+    state = torch.get_rng_state()
+    for seed in range(5):
+        found = images.read(1, seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            expected = v2.RandomResizedCrop(4, antialias=True)(pixels)
+        assert torch.equal(found, expected)

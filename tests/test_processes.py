@@ -119,7 +119,7 @@ def trained():
         CONFIG.training(),
         torch.device("cpu"),
         dtype=None,
-        compiled=False,
+        compile_it=False,
     )
     with synchronized(model):
         loss = training._train_epoch(

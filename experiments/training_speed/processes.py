@@ -99,7 +99,7 @@ def main(spec: str, steps: int, rounds: int) -> None:
     medians = table.groupby("loop", sort=False)[["images_per_s", "bytes_a_step"]].median().round()
     medians["ratio"] = (medians["images_per_s"] / medians["images_per_s"].iloc[0]).round(3)
     print(medians.to_string())
-    settings = {"data": spec, "steps": steps, "batch_size": BATCH_SIZE, **environment()}
+    settings = environment() | {"data": spec, "steps": steps, "batch_size": BATCH_SIZE}
     table.assign(**settings).to_csv(Path(__file__).with_name("processes.csv"), index=False)
 
 

@@ -17,6 +17,7 @@ from rmprune.checkpoints import Task
 from rmprune.cli.group import main
 from rmprune.cli.opening import load_images, net_of
 from rmprune.cli.options import (
+    AUGMENTATION,
     DEFAULTS,
     EXISTING_FILE,
     EXISTING_FOLDER,
@@ -91,8 +92,8 @@ from rmprune.workers import Here, Processes, RayCluster, Workers
     help="May be given several times.",
 )
 @options(*TASK, "schedule", "cost", "holdout", "distill", "importance", "prune_steps", *PLATFORM)
-@options("epochs", "finetune_epochs", "finetune_lr", "lr", "batch_size", "device", "precision")
-@options("compile", "log", "out", "resume")
+@options("epochs", "finetune_epochs", "finetune_lr", "lr", "batch_size", *AUGMENTATION)
+@options("device", "precision", "compile", "log", "out", "resume")
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),

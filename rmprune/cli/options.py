@@ -63,6 +63,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "type": click.IntRange(min=1),
         "help": "Resize images to this many pixels; by default they stay as they are.",
     },
+    "color_jitter": {
+        "type": click.FloatRange(min=0, max=1),
+        "default": DEFAULTS.color_jitter,
+        "help": "Change brightness, contrast and saturation of training images by factors up to "
+        "1 ± this.",
+    },
+    "cutout": {
+        "type": click.IntRange(min=0),
+        "default": DEFAULTS.cutout,
+        "help": "Hide a square of so many pixels in each training image.",
+    },
     "sparsity": {
         "type": click.FloatRange(min=0),
         "default": DEFAULTS.sparsity,
@@ -180,8 +191,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "compile": {
         "type": click.Choice(["auto", "off", "on"]),
         "default": DEFAULTS.compile,
-        "help": "Compile the training step: faster after about a minute; auto does so in trainings "
-        "of 3000 steps and more where there is a C++ compiler.",
+        "help": "Compile the training step: faster after about a minute. auto times a few steps "
+        "with and without, where the training is long and there is a C++ compiler.",
     },
     "sync_bn": {
         "is_flag": True,
@@ -202,7 +213,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 TASK = ("data", "data_root", "image_size")
-TRAINING = ("lr", "batch_size", "seed", "device", "precision", "compile", "sync_bn", "log")
+AUGMENTATION = ("color_jitter", "cutout")
+HARDWARE = ("device", "precision", "compile", "sync_bn")
+TRAINING = ("lr", "batch_size", "seed", *AUGMENTATION, *HARDWARE, "log")
 SPARSITY = ("sparsity", "schedule", "cost", "holdout", "distill")
 PLATFORM = ("lowering", "round_to", "backend", "threads", "latency_batch")
 BUDGET = ("threshold", "target", "importance")

@@ -13,9 +13,11 @@ from rmprune.checkpoints import Checkpoint, SlimConfig, task_of
 from rmprune.cli.group import main
 from rmprune.cli.opening import begin, check_same, load_images
 from rmprune.cli.options import (
+    AUGMENTATION,
     BUDGET,
     EXISTING,
     FOLDER,
+    HARDWARE,
     PLATFORM,
     SPARSITY,
     TASK,
@@ -114,7 +116,7 @@ def prune(run: Path, out: Path | None, **settings: Any) -> None:
 @click.argument("run", type=EXISTING)
 @click.option("--plain", is_flag=True, help="Fine-tune a plain net: RUN is a .safetensors file.")
 @options(*TASK, "finetune_epochs", "distill", "finetune_lr", "batch_size", "seed", of_a_run=True)
-@options("device", "precision", "compile", "sync_bn", "log", of_a_run=True)
+@options(*AUGMENTATION, *HARDWARE, "log", of_a_run=True)
 @click.option("--out", type=FOLDER, help="Folder to write.  [default: the folder of RUN's files]")
 @options("resume")
 def finetune(run: Path, plain: bool, out: Path | None, resume: bool, **settings: Any) -> None:
