@@ -32,7 +32,7 @@ from rmprune.plain import PlainNet
 
 PASSING = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.Identity, nn.modules.dropout._DropoutNd)
 POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-LEAST = 1e-3  # of the median range: a channel that is never on needs no scale
+LEAST = 1e-6  # of the median range, for channels that are never on
 SLACK = 0.1  # of a channel's range, on either side, for images that calibration has not seen
 
 
@@ -216,15 +216,20 @@ class _Chains:
         self.values = [layer(value) for value in self.values]
 
     def _block(self, block: ResidualBlock, names: Tensor | None) -> Tensor:
-        result = [block(value) for value in self.values]
+        inputs, result = self.values, [block(value) for value in self.values]
         self.note(names)
         made = self.visit_all(block.body, names)
         assert made is not None
         self.note(made)
+        # int8 has a scale for each summand, and for all channels before the activation.
         if block.added is not None:
+            self.values = [block.added(value) for value in inputs]
+            self.note(made[: block.added.out_channels])
             self._shortcut(block.added, names, made[: block.added.out_channels])
         if block.passed is not None:
             through = self.new(block.passed.out_channels)
+            self.values = [block.passed(value) for value in inputs]
+            self.note(through)
             self._shortcut(block.passed, names, through)
             made = torch.cat([made, through])
         self.values = result
@@ -263,7 +268,7 @@ class _Chains:
         least = LEAST * float(torch.tensor([r for r in reach if r > 0] or [1.0]).median())
         frozen = {roots[number] for number in self.frozen}
         factors = torch.tensor(
-            [1.0 if r in frozen or reach[r] <= least else reach[r] for r in roots]
+            [1.0 if root in frozen else max(reach[root], least) for root in roots]
         )
         like = self.values[0]
         for change in self.changes:

@@ -149,6 +149,7 @@ def export(
     *,
     raw: RawImages | None = None,
     calibration: Iterable[Tensor] | None = None,
+    reduce_range: bool = False,
     dynamic_batch: bool = False,
     info: dict[str, Any] | None = None,
 ) -> Exported:
@@ -162,6 +163,7 @@ def export(
             number; uint8 ``(N, H, W, 3)`` with ``raw``.
         raw: Normalisation to put before the network.
         calibration: Training images like the example input, one a batch: quantise to int8.
+        reduce_range: Of int8: see `rmprune.quantization.quantize`.
         dynamic_batch: Take any number of images.
         info: What else to write into the file.
 
@@ -184,7 +186,8 @@ def export(
         return _export_pt2(network, path, example_input, dynamic_batch, notes)
     graph, before = to_onnx(network, example_input, dynamic_batch), None
     if images is not None:
-        graph, before = quantize(graph, images), OnnxGraph(graph)
+        before = OnnxGraph(graph)
+        graph = quantize(graph, images, reduce_range=reduce_range)
     written = (_export_onnx if form == "onnx" else _export_c)(graph, path, notes)
     return replace(written, graph=OnnxGraph(graph), float_graph=before)
 
@@ -248,6 +251,7 @@ def deliver(
     data: Dataset,
     *,
     int8: bool = False,
+    reduce_range: bool = False,
     embed_preprocessing: bool = False,
     batch_size: int = 1,
     images: int = 1000,
@@ -261,6 +265,7 @@ def deliver(
         path: Of the file; for C, of the header. What is there stays until all is compared.
         data: What the net was trained for.
         int8: Quantise, calibrated on training images.
+        reduce_range: See `rmprune.quantization.quantize`.
         embed_preprocessing: Take raw images, see `RawImages`.
         batch_size: Images at once; 0 is any number.
         images: Test images to compare on.
@@ -286,6 +291,7 @@ def deliver(
             fed[:size].clone(),  # or all images would be saved in it
             raw=raw,
             calibration=batches,
+            reduce_range=reduce_range,
             dynamic_batch=not batch_size,
             info=info,
         )

@@ -20,12 +20,14 @@ from rmprune.extras import extra
 from rmprune.onnx_graph import INPUT
 
 
-def quantize(model: Any, batches: Iterable[Tensor]) -> Any:
+def quantize(model: Any, batches: Iterable[Tensor], *, reduce_range: bool = False) -> Any:
     """An int8 graph of a float32 one.
 
     Args:
         model: An ``onnx.ModelProto``.
         batches: What the graph reads, of the shape that it takes; representative images.
+        reduce_range: Weights in 7 bits. x86 CPUs with AVX2 or AVX-512 but without VNNI add
+            products of 8 bits in pairs to 16 bits, which overflow.
 
     Returns:
         The graph with QDQ pairs, an ``onnx.ModelProto``.
@@ -71,6 +73,7 @@ def quantize(model: Any, batches: Iterable[Tensor]) -> Any:
                 per_channel=True,
                 activation_type=tools.QuantType.QInt8,
                 weight_type=tools.QuantType.QInt8,
+                reduce_range=reduce_range,
             )
             return onnx.load(after)
     finally:

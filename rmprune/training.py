@@ -36,6 +36,7 @@ from rmprune.sync_bn import synchronized
 Precision = Literal["auto", "float32", "bf16"]
 Schedule = Literal["constant", "warmup", "ramp"]
 STEPS_BETWEEN_LOSS_CHECKS = 50
+CPU_VECTOR = 16  # floats of AVX-512; shorter ones elsewhere
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,23 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
     return torch.bfloat16 if capable else None
 
 
+def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
+    """How to lay out a model to train it: channels_last, which is faster, wherever it is right.
+
+    On CPUs oneDNN writes past its memory in the weight gradients of strided 1×1 convolutions in
+    channels_last whose input has fewer channels than a vector has floats
+    (https://github.com/uxlfoundation/oneDNN/issues/6035): they come out wrong, or it crashes.
+    """
+    narrow = any(
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and module.stride != (1, 1)
+        and module.in_channels // module.groups < CPU_VECTOR
+        for module in model.modules()
+    )
+    return torch.contiguous_format if device.type == "cpu" and narrow else torch.channels_last
+
+
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.SGD:
     """SGD over a model's parameters, with weight decay on convolutions and linear layers."""
     norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.PReLU)
@@ -242,7 +260,8 @@ def fit(
     """
     device = torch.device(device)
     data = replace(data, train=resident(data.train, device), test=resident(data.test, device))
-    model.to(device).to(memory_format=torch.channels_last)
+    layout = memory_format(model, device)
+    model.to(device).to(memory_format=layout)
     optimizer = make_optimizer(model, config)
     first_epoch, is_compiled = 0, None
     if resume_from is not None:
@@ -253,7 +272,7 @@ def fit(
     steps = batch_count(data.train, config.batch_size)
     batch = min(config.batch_size, len(data.train.labels))
     if teacher is not None:
-        teacher = copy.deepcopy(teacher).eval().to(device).to(memory_format=torch.channels_last)
+        teacher = copy.deepcopy(teacher).eval().to(device).to(memory_format=layout)
     loss_function = partial(_loss_function, _shared(model, batch), teacher, config, device, dtype)
     if is_compiled is None:
         is_compiled = _should_compile(loss_function, model, data, config, device)
@@ -267,7 +286,9 @@ def fit(
         if results:
             label += f", accuracy {results[-1].test_accuracy:.1%}{note()}"
         meter = _Meter(batch)
-        batches = track(_epoch_batches(data, config, epoch, device), steps, label, meter.status)
+        batches = track(
+            _epoch_batches(data, config, epoch, device, layout), steps, label, meter.status
+        )
         rates = [
             learning_rate(config, epoch * steps + step, config.epochs * steps)
             for step in range(steps)
@@ -278,7 +299,8 @@ def fit(
         ]
         with _normalising(model, config):
             loss = _train_epoch(batches, rates, shares, loss_of, optimizer, penalty, meter)
-        result = EpochResult(epoch + 1, loss, _accuracy(model, data, device, dtype), rates[-1])
+        accuracy = _accuracy(model, data, device, dtype, layout)
+        result = EpochResult(epoch + 1, loss, accuracy, rates[-1])
         results.append(result)
         if after_epoch is not None:
             state = {
@@ -305,7 +327,11 @@ def _shared(model: nn.Module, batch_size: int) -> nn.Module:
 
 
 def _accuracy(
-    model: nn.Module, data: Dataset, device: torch.device, dtype: torch.dtype | None
+    model: nn.Module,
+    data: Dataset,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    layout: torch.memory_format,
 ) -> float:
     """Share of the test images, of which every process takes its part."""
     mine = data.test.at(processes.part(len(data.test.labels)))
@@ -316,7 +342,7 @@ def _accuracy(
         std=data.std,
         device=device,
         autocast=dtype,
-        memory_format=torch.channels_last,
+        memory_format=layout,
     )
     correct, images = processes.total(torch.tensor(counts)).tolist()
     return float(correct / images)
@@ -368,7 +394,8 @@ def _should_compile(
     steps = config.epochs * batch_count(data.train, config.batch_size)
     if config.compile != "auto" or not is_worth_timing(steps):
         return config.compile == "on"
-    images, labels = next(_epoch_batches(data, config, 0, device))
+    layout = memory_format(model, device)
+    images, labels = next(_epoch_batches(data, config, 0, device, layout))
 
     def step(loss_of: LossOf) -> float:
         loss = loss_of(images, labels)
@@ -388,7 +415,11 @@ def _normalising(model: nn.Module, config: TrainingConfig) -> AbstractContextMan
 
 
 def _epoch_batches(
-    data: Dataset, config: TrainingConfig, epoch: int, device: torch.device
+    data: Dataset,
+    config: TrainingConfig,
+    epoch: int,
+    device: torch.device,
+    layout: torch.memory_format,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     return train_batches(
         data.train,
@@ -400,7 +431,7 @@ def _epoch_batches(
         mean=data.mean,
         std=data.std,
         device=device,
-        memory_format=torch.channels_last,
+        memory_format=layout,
         part=processes.part(config.batch_size),
     )
 

@@ -94,21 +94,24 @@ def test_pt2_loads_without_rmprune(tmp_path, lowered):
 
 def test_int8_in_c_is_onnxruntimes(tmp_path, lowered):
     net = deployable(equalize(lowered, [X]))
-    graph = quantize(to_onnx(net, X[:1]), [image[None] for image in X])
+    images = list(X.split(1))
+    # Or onnxruntime's sums overflow on CPUs without VNNI.
+    graph = quantize(to_onnx(net, X[:1]), images, reduce_range=True)
     found, written = run_in_c(graph, X, tmp_path)
-    done = export(lowered, "onnx", tmp_path / "net.onnx", X[:1], calibration=list(X.split(1)))
+    path = tmp_path / "net.onnx"
+    done = export(lowered, "onnx", path, X[:1], calibration=images, reduce_range=True)
     expected = done.run(X)
     step = (expected.abs().max() / 127).item()
     assert (found - expected).abs().max() <= 3 * step
     with torch.no_grad():
         exact = lowered(X)
-    assert (expected - exact).abs().max() <= 0.25 * exact.abs().max()
+    assert (expected - exact).abs().max() <= 0.05 * exact.abs().max()
     # Additions, scalings and what they feed are int8 from the begin: no tensor is ever float32.
     arena = c_source(to_onnx(deployable(lowered), X[:1])).arena_bytes
     assert written.arena_bytes < 0.3 * arena
     size = (tmp_path / "net.onnx").stat().st_size
     export(lowered, "onnx", tmp_path / "net.onnx", X[:1])
-    assert size < 0.6 * (tmp_path / "net.onnx").stat().st_size
+    assert size < 0.65 * (tmp_path / "net.onnx").stat().st_size
 
 
 def test_what_cannot_be_exported(tmp_path, lowered):

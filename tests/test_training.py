@@ -17,6 +17,7 @@ from rmprune.training import (
     fit,
     learning_rate,
     make_optimizer,
+    memory_format,
     total_step_size,
 )
 
@@ -171,3 +172,22 @@ def test_bf16_trains(tiny):
 def test_settings_that_make_no_sense(settings, message):
     with pytest.raises(UsageError, match=message):
         TrainingConfig(**settings)
+
+
+def test_gradients_that_onednn_gets_wrong_are_avoided():
+    """On CPUs with AVX2 such convolutions crashed, or learned nonsense, in channels_last."""
+
+    def strided(channels):
+        return nn.Sequential(nn.Conv2d(3, channels, 3), nn.Conv2d(channels, 8, 1, 2))
+
+    cpu = torch.device("cpu")
+    assert memory_format(strided(16), cpu) == torch.channels_last
+    assert memory_format(strided(5), cpu) == torch.contiguous_format
+    assert memory_format(strided(5), torch.device("cuda")) == torch.channels_last
+    x = torch.randn(32, 5, 8, 8)
+    conv = nn.Conv2d(5, 32, 1, 2, bias=False).to(memory_format=memory_format(strided(5), cpu))
+    conv(x).square().sum().backward()
+    taken = x[:, :, ::2, ::2].double()
+    outputs = torch.einsum("nchw,oc->nohw", taken, conv.weight.detach().double().flatten(1))
+    expected = torch.einsum("nchw,nohw->oc", taken, 2 * outputs)
+    torch.testing.assert_close(conv.weight.grad.flatten(1).double(), expected, rtol=1e-4, atol=1e-2)
