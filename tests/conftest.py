@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -12,6 +14,8 @@ settings.register_profile("long", deadline=None, max_examples=2000)
 settings.register_profile("rmprune", deadline=None, max_examples=150, derandomize=True)
 settings.load_profile("rmprune")
 torch.set_num_threads(1)
+# The same in processes and notebooks that tests start: too many threads spin, and wait.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
