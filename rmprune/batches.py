@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 
@@ -137,8 +138,12 @@ def _decoded(
         list(zip(chosen.tolist(), seeds[batch].tolist() if seeds else repeat(None), strict=False))
         for batch, chosen in enumerate(positions)
     )
+    # A fork of this process would copy the locks of its threads: of torch, of OpenVINO.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     loader = DataLoader(
         _Files(images),
+        multiprocessing_context=context,
         batch_sampler=keys,
         num_workers=decoders(),
         collate_fn=_stacked,
