@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,10 +152,24 @@ def _decoded(
         collate_fn=_stacked,
         pin_memory=pin,
     )
-    for batch in loader:
+    for batch in _quietly(loader):
         if isinstance(batch, DataError):
             raise batch
         yield batch
+
+
+def _quietly(loader: DataLoader[Any]) -> Iterator[Any]:
+    """A loader's batches, with the handler of SIGCHLD that was there before.
+
+    torch leaves its own for good. With it a process that has used OpenVINO crashed when a compiler
+    that it had started ended. Dead workers are still found: torch looks every few seconds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)  # which sets none there
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    signal.signal(signal.SIGCHLD, handler)
+    return batches
 
 
 class _Files(torch.utils.data.Dataset[Tensor | DataError]):
