@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from rmprune.errors import ConversionError
-from rmprune.graph import Block, Chain, Layer, is_identity
+from rmprune.graph import Block, Chain, Layer, PadChannels, Subsample, is_identity
 from rmprune.norms import Norm, norm_of
 
 
@@ -41,6 +41,49 @@ def inner_bns(chain: Chain) -> set[str]:
     """Paths of the BNs of channels that stay inside of a block's body."""
     units = (split_units(block.body)[:-1] for block in chain.blocks)
     return {unit.bn.name for body in units for unit in body if unit.bn is not None}
+
+
+def streams(chain: Chain) -> list[dict[str, int]]:
+    """The tensors that blocks add to, each by the BNs that can switch its channels off.
+
+    A channel of a stream leaves the network when all of them have switched it off: the BNs that
+    make it, and those at the heads of the shortcuts that carry it on.
+
+    Returns:
+        For each stream the paths of its BNs, in order, each with the channel of the stream that
+        the BN's first channel is. Streams with a maker that is no BN are left out.
+    """
+    found: list[dict[str, int]] = []
+    current: dict[str, int] | None = None
+    for item in chain.items:
+        if isinstance(item, Layer):
+            if isinstance(item.module, nn.BatchNorm2d):
+                current = {item.name: 0}
+                found.append(current)
+            elif isinstance(item.module, nn.Conv2d | nn.Linear):
+                current = None
+            continue
+        last = split_units(item.body)[-1].bn
+        head, *others = item.shortcut or (None,)
+        if current is not None and head is not None:
+            current[head.name] = 0
+        if others:
+            current = _begun(head, others)
+            if current is not None and last is not None:
+                found.append(current)
+        if current is not None and last is not None:
+            current[last.name] = 0
+    return [stream for stream in found if len(stream) > 1]
+
+
+def _begun(head: Layer | None, others: Sequence[Layer]) -> dict[str, int] | None:
+    """A stream that begins behind a shortcut of these layers; None if no BN decides over it."""
+    tail = others[-1]
+    if isinstance(tail.module, nn.BatchNorm2d):
+        return {tail.name: 0}
+    if head is not None and all(isinstance(o.module, PadChannels | Subsample) for o in others):
+        return {head.name: sum(o.module.front for o in others if isinstance(o.module, PadChannels))}
+    return None
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,11 @@ LEAST_SHARE = 0.02  # of the mean saving: what measures as free must still be wo
 
 
 class LayerCost(NamedTuple):
-    """What one channel more costs a layer."""
+    """What one channel more costs a layer, and what all of it costs."""
 
     per_output: float
     per_input: float
+    whole: float
 
 
 class Site(NamedTuple):
@@ -79,17 +80,24 @@ LayerCosts = Callable[[Mapping[str, Site]], dict[str, LayerCost]]
 
 
 def counted(cost: Cost) -> LayerCosts:
-    """Costs of layers by MACs of one image, or by parameters."""
+    """Costs of layers by MACs of one image, by parameters, or by channels alone.
+
+    Args:
+        cost: ``"macs"``, ``"params"`` or ``"uniform"``: a channel is half its row and half its
+            column.
+    """
 
     def costs(layers: Mapping[str, Site]) -> dict[str, LayerCost]:
         result = {}
         for name, (layer, _, positions) in layers.items():
             weight = layer.weight
             inputs = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
+            if cost == "uniform":
+                result[name] = LayerCost(0.5, 0.5, (len(weight) + inputs) / 2)
+                continue
             times = positions if cost == "macs" else 1
-            result[name] = LayerCost(
-                times * weight.numel() / len(weight), times * weight.numel() / inputs
-            )
+            whole = times * weight.numel()
+            result[name] = LayerCost(whole / len(weight), whole / inputs, whole)
         return result
 
     return costs
@@ -98,7 +106,7 @@ def counted(cost: Cost) -> LayerCosts:
 def measured(table: pd.DataFrame) -> LayerCosts:
     """Costs of layers by the milliseconds of a `latency_table`."""
     known = {
-        row["layer"]: LayerCost(row["ms_per_output"], row["ms_per_input"])
+        row["layer"]: LayerCost(row["ms_per_output"], row["ms_per_input"], row["ms"])
         for row in table.to_dict("records")
     }
 
@@ -255,6 +263,39 @@ def channel_savings(
     return saved
 
 
+def body_savings(
+    slim: fx.GraphModule, example_input: Tensor, layer_costs: LayerCosts, lowering: Lowering
+) -> dict[str, float]:
+    """What goes when the whole body of a block goes: its convolutions.
+
+    That is not the sum of what its channels save one by one, since a convolution's rows and
+    columns cross, and since half of a convolution may take nearly as long as all of it.
+
+    Args:
+        slim: A slimmable model in evaluation mode.
+        example_input: ``(N, C, H, W)``.
+        layer_costs: What layers cost.
+        lowering: As in `channel_savings`.
+
+    Returns:
+        Path of the last convolution of each body to the saving, in the unit of the costs.
+    """
+    plain = lowering == "plain"
+    network = convert(slim, example_input[:1]) if plain else slim
+    costs = layer_costs(sites(network, example_input))
+    saved = {}
+    for block in parse(slim).blocks:
+        names = [unit.conv.name for unit in split_units(block.body)]
+        own = [_plain_name(name) if plain else name for name in names]
+        # A body of one convolution can have become one with what stands before it.
+        saved[names[-1]] = sum(costs[name].whole for name in own if name in costs)
+    return saved
+
+
+def _plain_name(path: str) -> str:
+    return path.replace(".", "_")
+
+
 def _share(saved: dict[str, float], bns: list[str], cost: float) -> None:
     for bn in bns:
         saved[bn] += cost / len(bns)
@@ -265,7 +306,7 @@ def _savings_when_plain(
 ) -> dict[str, float]:
     plain = convert(slim, example_input[:1])
     costs = layer_costs(sites(plain, example_input))
-    guards = {name.replace(".", "_"): bns for name, bns in channel_guards(parse(slim)).items()}
+    guards = {_plain_name(name): bns for name, bns in channel_guards(parse(slim)).items()}
     saved: dict[str, float] = {}
     for name, follower in pairwise(costs):
         for bn in guards.get(name, ()):

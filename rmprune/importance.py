@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from rmprune.blocks import inner_bns, split_units
+from rmprune.blocks import inner_bns, split_units, streams
 from rmprune.costs import Lowering
 from rmprune.graph import Block, parse
 from rmprune.narrowing import narrow, survivors
@@ -26,8 +26,9 @@ from rmprune.slimming import scales_of
 from rmprune.training import distillation_loss
 
 Importance = Literal["scale", "loss"]
-SHARE = 0.5  # of a layer's channels go at once
+SHARE = 0.25  # of a layer's channels go at once
 TEMPERATURE = 4.0
+LEAST_LEFT = 0.05  # of what a body costs goes with the last of it
 REACH = 2  # blocks that are fitted: more took longer and put blocks in the same order
 
 
@@ -47,6 +48,7 @@ def by_scale(slim: fx.GraphModule, savings: Mapping[str, float]) -> dict[str, Te
 def by_loss(
     slim: fx.GraphModule,
     savings: Mapping[str, float],
+    bodies: Mapping[str, float],
     batches: Sequence[Tensor],
     *,
     lowering: Lowering = "plain",
@@ -55,15 +57,19 @@ def by_loss(
     """When each channel goes, if at every step goes what changes the outputs least for its cost.
 
     A greedy search after NetAdapt (Yang et al. 2018, arXiv 1804.03230, section 3): a step
-    takes half of the channels of a block's layer, those with the smallest scales, or all that
-    is left of a block's body. Instead of training between the steps, what is left of the block
+    takes a share of the channels of a block's layer, those with the smallest scales, or of a
+    stream, the tensor that the blocks of a stage add to, or all that is left of a block's body.
+    Instead of training between the steps, what is left of the block
     and the block behind it are fitted to what the whole model computes; see
     `rmprune.reconstruction`. BNs normalise by the batch. What a step would change is measured
     again only when it is next to be taken, since it seldom becomes less.
 
     Args:
         slim: A slimmable model in evaluation mode; trained, but not for sparsity.
-        savings: Of one channel of each BN, by path. What saves nothing never goes.
+        savings: Of one channel of each BN, by path; see `rmprune.costs.channel_savings`. What
+            saves nothing never goes.
+        bodies: Of the whole body of each block, by the path of its last convolution, in the
+            same unit; see `rmprune.costs.body_savings`.
         batches: Normalised images, ``(N, C, H, W)`` each, on the model's device.
         lowering: What the net is made for; of a ``"plain"`` one, reserved channels go too.
         round_to: Steps take multiples of so many channels.
@@ -72,7 +78,7 @@ def by_loss(
         The scores of every BN, ``(channels,)``: ascending in the order of leaving; inf for
         channels that do not leave.
     """
-    search = _Search(slim, savings, batches, lowering, round_to)
+    search = _Search(slim, savings, bodies, batches, lowering, round_to)
     waiting = [(-math.inf, -1, place) for place in range(len(search.places))]
     taken = 0
     while waiting:
@@ -81,7 +87,8 @@ def by_loss(
         if step is None:
             continue
         if measured_at < taken:
-            heapq.heappush(waiting, (search.price(step), taken, place))
+            price = search.price(search.places[place], step)
+            heapq.heappush(waiting, (price, taken, place))
             continue
         taken += 1
         search.take(step, taken)
@@ -105,7 +112,7 @@ def spare(
     spared = dict(scores)
     for name, count in times.items():
         size = len(scores[name])
-        kept = math.ceil(size * (1 - SHARE) / round_to) * round_to if name in inner else size
+        kept = math.ceil(size / 2 / round_to) * round_to if name in inner else size
         kept = size if count > 1 else min(kept, size)
         spared[name] = scores[name].clone()
         spared[name][scales[name].cpu().topk(kept).indices] = math.inf
@@ -117,12 +124,15 @@ class _Place:
     """Where steps can be taken: the channels of one BN, or of several at once.
 
     Attributes:
-        bns: Paths.
-        at_once: Whether all that is left goes in one step.
+        kind: A ``"layer"`` inside of a body, a whole ``"body"``, which goes at once, a
+            ``"stream"`` (see `rmprune.blocks.streams`), or what a block has ``"reserved"``.
+        bns: Paths, each with the channel of the place that the BN's first channel is.
+        conv: The last convolution of a body.
     """
 
-    bns: tuple[str, ...]
-    at_once: bool
+    kind: Literal["layer", "body", "stream", "reserved"]
+    bns: Mapping[str, int]
+    conv: str = ""
 
 
 Step = dict[str, Tensor]  # path of a BN to channels, those with the smallest scales first
@@ -148,11 +158,13 @@ class _Search:
         self,
         slim: fx.GraphModule,
         savings: Mapping[str, float],
+        bodies: Mapping[str, float],
         batches: Sequence[Tensor],
         lowering: Lowering,
         round_to: int,
     ) -> None:
-        self.model, self.savings, self.batches = slim, savings, batches
+        self.model, self.batches = slim, batches
+        self.savings, self.bodies = savings, bodies
         self.lowering, self.round_to = lowering, round_to
         scales = scales_of(slim)
         self.sizes = {name: len(scale) for name, scale in scales.items()}
@@ -167,42 +179,68 @@ class _Search:
         self.loss = 0.0
 
     def _places(self, slim: fx.GraphModule) -> list[_Place]:
-        places = []
-        for block in parse(slim).blocks:
-            bns = [unit.bn.name for unit in split_units(block.body) if unit.bn is not None]
+        chain = parse(slim)
+        places = [_Place("stream", stream) for stream in streams(chain)]
+        for block in chain.blocks:
+            units = split_units(block.body)
+            bns = [unit.bn.name for unit in units if unit.bn is not None]
             inner = bns[:-1]
-            places += [_Place((name,), at_once=False) for name in inner]
-            places.append(_Place(tuple(bns if self.lowering == "auto" else inner), at_once=True))
+            places += [_Place("layer", {name: 0}) for name in inner]
+            body = bns if self.lowering == "auto" else inner
+            places.append(_Place("body", dict.fromkeys(body, 0), units[-1].conv.name))
             head = block.shortcut[0]
             if self.lowering == "plain" and isinstance(head.module, nn.BatchNorm2d):
-                places.append(_Place((head.name,), at_once=False))
+                places.append(_Place("reserved", {head.name: 0}))
         return [place for place in places if any(self.savings[name] > 0 for name in place.bns)]
 
     def step(self, place: _Place) -> Step | None:
-        """The channels that would go next, if any are left."""
-        if not set(place.bns) <= scales_of(self.model).keys():
-            return None  # the block is gone
-        left = {name: torch.isinf(self.scores[name]).nonzero().flatten() for name in place.bns}
-        if not all(len(channels) for channels in left.values()):
-            return None
-        if place.at_once:
-            return left
-        (name, channels) = next(iter(left.items()))
-        size = math.ceil(self.sizes[name] * SHARE / self.round_to) * self.round_to
-        if len(channels) <= size and len(place.bns) == 1 and self._is_inner(name):
-            return None  # the whole body goes by a step of its own
-        scales = scales_of(self.model)[name].cpu()[torch.isin(self.left[name], channels)]
-        return {name: channels[scales.argsort(stable=True)[:size]]}
+        """The channels that would go next; None if there are none left."""
+        present = [name for name in place.bns if name in scales_of(self.model)]
+        left = {name: torch.isinf(self.scores[name]) for name in present}
+        if place.kind == "body":
+            whole = {name: alive.nonzero().flatten() for name, alive in left.items()}
+            return (
+                whole if len(present) == len(place.bns) and all(map(len, whole.values())) else None
+            )
+        ranked = self._ranked(place, left)
+        size = math.ceil(self._width(place) * SHARE / self.round_to) * self.round_to
+        if len(ranked) <= size and place.kind != "reserved":
+            return None  # a body goes by a step of its own, a stream not at all
+        goes = ranked[:size]
+        step = {}
+        for name, alive in left.items():
+            own = goes - place.bns[name]
+            own = own[(own >= 0) & (own < len(alive))]
+            step[name] = own[alive[own]]
+        return step if goes.numel() else None
 
-    def _is_inner(self, name: str) -> bool:
-        return any(place.at_once and name in place.bns for place in self.places)
+    def _width(self, place: _Place) -> int:
+        return max(self.sizes[name] + first for name, first in place.bns.items())
 
-    def price(self, step: Step) -> float:
+    def _ranked(self, place: _Place, left: Mapping[str, Tensor]) -> Tensor:
+        """The channels of a place that are left, ``(n,)``, those with the smallest scales first."""
+        alive = torch.zeros(self._width(place), dtype=torch.bool)
+        total, scales = torch.zeros(len(alive), dtype=torch.float64), scales_of(self.model)
+        for name, there in left.items():
+            first = place.bns[name]
+            alive[first : first + len(there)] |= there
+            total.index_add_(0, self.left[name] + first, scales[name].double().cpu())
+        channels = alive.nonzero().flatten()
+        return channels[total[channels].argsort(stable=True)]
+
+    def price(self, place: _Place, step: Step) -> float:
         """What a step adds to the loss, for what it saves."""
-        return (self._without(step).loss - self.loss) / self._saved_by(step)
+        return (self._without(step).loss - self.loss) / self._saved_by(place, step)
 
-    def _saved_by(self, step: Step) -> float:
-        return sum(self.savings[name] * len(channels) for name, channels in step.items())
+    def _saved_by(self, place: _Place, step: Step) -> float:
+        channels = {name: len(gone) for name, gone in step.items()}
+        if place.kind != "body":
+            return sum(self.savings[name] * count for name, count in channels.items())
+        credited = sum(
+            self.savings[name] * (self.sizes[name] - count) for name, count in channels.items()
+        )
+        # What its channels were credited with is a slope, and can be more than there was.
+        return max(self.bodies[place.conv] - credited, LEAST_LEFT * self.bodies[place.conv])
 
     def take(self, step: Step, number: int) -> None:
         """Let channels go, as the step of a number."""
@@ -230,9 +268,13 @@ class _Search:
         narrow(model, masks)
         before, after = (heirs(self.sums, parse(m).blocks) for m in (self.model, model))
         blocks = parse(model).blocks
-        touched = [_has(b, step) or after[b.add.name] != before[b.add.name] for b in blocks]
-        behind = blocks[touched.index(True) :][:REACH] if any(touched) else ()
-        among = {block.add.name for block in behind}
+        touched = [
+            place
+            for place, block in enumerate(blocks)
+            if _has(block, step) or after[block.add.name] != before[block.add.name]
+        ]
+        reach = range(touched[0], max(touched[0] + REACH, touched[-1] + 1)) if touched else ()
+        among = {block.add.name for place, block in enumerate(blocks) if place in reach}
         outputs = reconstruct(model, self.sums, self.batches, among)
         losses = [
             distillation_loss(found, expected, TEMPERATURE).item()

@@ -18,6 +18,7 @@ from rmprune.backends import time_deployed
 from rmprune.blocks import inner_bns
 from rmprune.checkpoints import (
     Checkpoint,
+    Scope,
     SlimConfig,
     Task,
     calibration_batches,
@@ -25,7 +26,17 @@ from rmprune.checkpoints import (
     pick_device,
 )
 from rmprune.convert import convert
-from rmprune.costs import Cost, channel_savings, counted, latency_table, measured, relative, sites
+from rmprune.costs import (
+    Cost,
+    LayerCosts,
+    body_savings,
+    channel_savings,
+    counted,
+    latency_table,
+    measured,
+    relative,
+    sites,
+)
 from rmprune.data import Dataset, hold_out
 from rmprune.errors import PruningError, UsageError
 from rmprune.graph import parse
@@ -47,13 +58,14 @@ DETOURS = 2  # around steps that pass a target by far
 def channel_weights(
     slim: fx.GraphModule, cost: Cost, task: Task, config: SlimConfig, folder: Path
 ) -> dict[str, float]:
-    """What a channel of each BN saves, relative to the mean channel; 0 out of scope.
+    """What a channel of each BN saves, relative to the mean channel; 0 out of scope."""
+    return _within(config.scope, slim, _all_weights(slim, cost, task, config, folder))
 
-    A latency table is measured once and kept in the folder.
-    """
-    weights = _all_weights(slim, cost, task, config, folder)
-    within = weights.keys() if config.scope == "all" else inner_bns(parse(slim))
-    return {name: weight if name in within else 0.0 for name, weight in weights.items()}
+
+def _within(scope: Scope, slim: fx.GraphModule, savings: Mapping[str, float]) -> dict[str, float]:
+    """Savings of all BNs, those out of scope 0."""
+    within = savings.keys() if scope == "all" else inner_bns(parse(slim))
+    return {name: savings[name] if name in within else 0.0 for name in savings}
 
 
 def _all_weights(
@@ -63,18 +75,24 @@ def _all_weights(
     if cost == "uniform":
         return dict.fromkeys(channels, 1.0)
     slim = copy.deepcopy(slim).cpu().eval()
-    example = task.example_input()
-    layer_costs = counted(cost)
-    if cost == "latency":
-        settings = (config.backend, config.threads, config.latency_batch, config.round_to)
-        path = folder / f"latency-{'-'.join(map(str, settings))}.csv"
-        if not path.exists():
-            network = slim if config.lowering == "auto" else convert(slim, example)
-            write_csv(
-                latency_table(sites(network, example), config.platform, config.round_to), path
-            )
-        layer_costs = measured(pd.read_csv(path))
-    return relative(channel_savings(slim, example, layer_costs, config.lowering), channels)
+    layer_costs = _layer_costs(slim, cost, task, config, folder)
+    savings = channel_savings(slim, task.example_input(), layer_costs, config.lowering)
+    return relative(savings, channels)
+
+
+def _layer_costs(
+    slim: fx.GraphModule, cost: Cost, task: Task, config: SlimConfig, folder: Path
+) -> LayerCosts:
+    """What layers cost; a latency table is measured once and kept in the folder."""
+    if cost != "latency":
+        return counted(cost)
+    settings = (config.backend, config.threads, config.latency_batch, config.round_to)
+    path = folder / f"latency-{'-'.join(map(str, settings))}.csv"
+    if not path.exists():
+        example = task.example_input()
+        network = slim if config.lowering == "auto" else convert(slim, example)
+        write_csv(latency_table(sites(network, example), config.platform, config.round_to), path)
+    return measured(pd.read_csv(path))
 
 
 def prune(
@@ -171,11 +189,10 @@ def _masked_within(
 ) -> Checkpoint:
     """The masked model that keeps the most channels within a target."""
     cost: Cost = target.kind if target.kind != "accuracy-drop" else config.cost
-    savings = channel_weights(slim, cost, checkpoint.task, config, kept)
     if config.importance == "loss":
-        scores = _loss_scores(slim, savings, config, data, kept)
+        scores = _loss_scores(slim, cost, checkpoint.task, config, data, kept)
     else:
-        scores = by_scale(slim, savings)
+        scores = by_scale(slim, channel_weights(slim, cost, checkpoint.task, config, kept))
     thresholds = thresholds_of(scores)
 
     def masked(threshold: float, spared: Mapping[str, int] = NOTHING) -> Checkpoint:
@@ -206,14 +223,15 @@ def _masked_within(
 
 
 def _loss_scores(
-    slim: fx.GraphModule,
-    savings: Mapping[str, float],
-    config: SlimConfig,
-    data: Dataset,
-    kept: Path,
+    slim: fx.GraphModule, cost: Cost, task: Task, config: SlimConfig, data: Dataset, kept: Path
 ) -> dict[str, Tensor]:
     """Scores of `by_loss`: the search takes minutes, so they are kept by what they depend on."""
-    settings = (savings, config.lowering, config.round_to, config.data, config.holdout)
+    example, layer_costs = task.example_input(), _layer_costs(slim, cost, task, config, kept)
+    savings = _within(
+        config.scope, slim, channel_savings(slim, example, layer_costs, config.lowering)
+    )
+    bodies = body_savings(slim, example, layer_costs, config.lowering)
+    settings = (savings, bodies, config.lowering, config.round_to, config.data, config.holdout)
     digest = hashlib.sha256(repr(settings).encode())
     for tensor in slim.state_dict().values():
         digest.update(tensor.numpy().tobytes())
@@ -223,6 +241,7 @@ def _loss_scores(
         scores = by_loss(
             copy.deepcopy(slim).to(device),
             savings,
+            bodies,
             calibration_batches(hold_out(data, config.holdout)[0], device)[:IMPORTANCE_BATCHES],
             lowering=config.lowering,
             round_to=config.round_to,

@@ -13,6 +13,7 @@ from torch import nn
 from rmprune.backends import Platform
 from rmprune.convert import convert
 from rmprune.costs import (
+    body_savings,
     channel_savings,
     counted,
     latency_table,
@@ -75,6 +76,26 @@ def test_savings_with_additions(slim):
     assert savings.keys() == scale_parameters(slim).keys()
 
 
+@pytest.mark.parametrize("lowering", ["plain", "auto"])
+def test_a_body_saves_its_convolutions(slim, lowering):
+    """Against the parameters of the network without them."""
+    saved = body_savings(slim, IMAGE, counted("params"), lowering)
+    net = convert(slim, IMAGE, keep_bn=False) if lowering == "plain" else slim
+    prefixes = [name.removesuffix("conv2") for name in saved]
+    assert len(prefixes) == 9
+    for prefix in prefixes:
+        start = prefix if lowering == "auto" else prefix.replace(".", "_")
+        body = [m for n, m in net.named_modules() if n in (start + "conv1", start + "conv2")]
+        assert saved[prefix + "conv2"] == sum(conv.weight.numel() for conv in body)
+
+
+def test_channels_alone(slim):
+    """An inner channel is half a row and half a column."""
+    savings = channel_savings(slim, IMAGE, counted("uniform"), "auto")
+    assert savings["layer1.1.bn1"] == 1
+    assert body_savings(slim, IMAGE, counted("uniform"), "auto")["layer1.1.conv2"] == 32
+
+
 @settings(max_examples=30)
 @given(residual_networks())
 def test_every_scale_has_a_saving(model):
@@ -118,7 +139,7 @@ def test_a_latency_table_tells_what_channels_cost():
     assert (table[["ms_per_output", "ms_per_input"]] >= 0).all(axis=None)
     costs = measured(table)(sites(net, IMAGE))
     row = table.iloc[1]
-    assert costs["1"] == (row["ms_per_output"], row["ms_per_input"])
+    assert costs["1"] == (row["ms_per_output"], row["ms_per_input"], row["ms"])
     assert row["ms_per_output"] == max(row["ms"] - row["ms_half_outputs"], 0) / 32
 
 
@@ -134,7 +155,7 @@ def test_a_latency_table_of_rounded_widths():
 
 
 def test_tables_of_other_models():
-    table = pd.DataFrame({"layer": ["a"], "ms_per_output": [1.0], "ms_per_input": [1.0]})
+    table = pd.DataFrame({"layer": ["a"], "ms": [9], "ms_per_output": [1], "ms_per_input": [1]})
     with pytest.raises(UsageError, match="of another model: it lacks '0'"):
         measured(table)(sites(nn.Sequential(nn.Conv2d(3, 4, 1)), IMAGE))
 

@@ -12,13 +12,15 @@ from strategies import residual_networks, scramble
 from torch.optim.swa_utils import update_bn
 
 from rmprune.blocks import inner_bns
-from rmprune.costs import channel_savings, counted
+from rmprune.convert import convert
+from rmprune.costs import body_savings, channel_savings, counted
 from rmprune.errors import UsageError
 from rmprune.graph import parse
 from rmprune.importance import _Search, by_loss, by_scale, spare
 from rmprune.models import create_model
 from rmprune.pruning import check_importance
-from rmprune.selection import select
+from rmprune.removal import prune
+from rmprune.selection import apply_masks, select
 from rmprune.slimming import add_shortcut_bn, scales_of
 
 X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
@@ -37,6 +39,17 @@ def savings(slim):
     return channel_savings(slim, X, counted("macs"), "auto")
 
 
+@pytest.fixture(scope="module")
+def bodies(slim):
+    return body_savings(slim, X, counted("macs"), "auto")
+
+
+def with_masks(slim, masks):
+    masked = copy.deepcopy(slim)
+    apply_masks(masked, masks)
+    return masked
+
+
 def test_scales_over_savings(slim):
     savings = dict.fromkeys(scales_of(slim), 2.0) | {"bn1": 0.0}
     scores = by_scale(slim, savings)
@@ -45,30 +58,52 @@ def test_scales_over_savings(slim):
     assert select(slim, 0.3, scores=scores).keep["bn1"].all()
 
 
-def test_a_body_that_changes_nothing_goes_first(slim, savings):
-    idle = copy.deepcopy(slim)
-    for name in ("layer2.1.bn2", "layer1.2.bn2"):
-        torch.nn.init.zeros_(idle.get_submodule(name).weight)
-        torch.nn.init.zeros_(idle.get_submodule(name).bias)
+def test_a_body_that_changes_nothing_goes_first(savings, bodies):
+    torch.manual_seed(0)
     # More positions than weights that read them, or what is left makes up for anything.
     images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(1)).double()
-    scores = by_loss(idle, savings, [images], lowering="auto")
-    first = sorted(scores, key=lambda name: scores[name].max().item())
-    assert set(first[:4]) == {"layer2.1.bn1", "layer2.1.bn2", "layer1.2.bn1", "layer1.2.bn2"}
-    behind = max(scores[name].max().item() for name in first[:4]) + 0.01
-    masks = select(idle, behind, scores=scores, lowering="auto")
-    assert not masks.keep["layer2.1.bn1"].any()
-    assert not masks.keep["layer1.2.bn2"].any()
+    model = scramble(create_model("resnet20")).double()
+    idle = ("layer2.1", "layer1.2")
+    for name in idle:
+        torch.nn.init.zeros_(model.get_submodule(f"{name}.bn2").weight)
+        torch.nn.init.zeros_(model.get_submodule(f"{name}.bn2").bias)
+    update_bn([images], model)
+    slim = add_shortcut_bn(model.eval(), [images])
+    search = _Search(slim, savings, bodies, [images], "auto", 1)
+    whole = {place.conv: place for place in search.places if place.kind == "body"}
+    prices = {conv: search.price(place, search.step(place)) for conv, place in whole.items()}
+    first = sorted(prices, key=prices.__getitem__)
+    assert set(first[:2]) == {f"{name}.conv2" for name in idle}
+    search.take(search.step(whole["layer2.1.conv2"]), 1)
+    assert not select(slim, 2, scores=search.scores, lowering="auto").keep["layer2.1.bn1"].any()
 
 
-def test_the_first_step_is_the_best_of_all(slim, savings):
-    """Against trying every one: half of a layer, or a whole body."""
+def test_a_stream_loses_the_same_channels_everywhere(slim, savings, bodies):
+    """Also those that reach it through an option-A shortcut, among zero channels."""
+    search = _Search(slim, savings, bodies, [X], "auto", 8)
+    stream = next(p for p in search.places if p.kind == "stream" and "layer3.0.bn2" in p.bns)
+    step = search.step(stream)
+    gone = step["layer3.0.bn2"]
+    assert len(gone) == 16
+    for name in ("layer3.1.bn2", "layer3.2.shortcut_bn", "layer3.2.bn2"):
+        assert torch.equal(step[name], gone)
+    inside = (gone >= 16) & (gone < 48)  # 32 channels, 16 zeros on either side
+    assert torch.equal(step["layer3.0.shortcut_bn"], gone[inside] - 16)
+    search.take(step, 1)
+    masks = select(slim, 2, scores=search.scores, lowering="auto", round_to=8)
+    net = prune(convert(with_masks(slim, masks), X))
+    assert net.linear.in_features == 48
+
+
+def test_the_first_step_is_the_best_of_all(slim, savings, bodies):
+    """Against trying every one: a part of a layer or of a stream, or a whole body."""
     model = copy.deepcopy(slim)
-    scores = by_loss(model, savings, [X], lowering="auto")
+    scores = by_loss(model, savings, bodies, [X], lowering="auto")
     first = {name: (score < 2) for name, score in scores.items() if (score < 2).any()}
-    search = _Search(slim, savings, [X], "auto", 1)
-    steps = [step for place in search.places if (step := search.step(place)) is not None]
-    prices = [search.price(step) for step in steps]
+    search = _Search(slim, savings, bodies, [X], "auto", 1)
+    found = [(place, search.step(place)) for place in search.places]
+    steps = [step for _, step in found if step is not None]
+    prices = [search.price(place, step) for place, step in found if step is not None]
     best = steps[prices.index(min(prices))]
     assert {name: set(mask.nonzero().flatten().tolist()) for name, mask in first.items()} == {
         name: set(channels.tolist()) for name, channels in best.items()
@@ -77,8 +112,8 @@ def test_the_first_step_is_the_best_of_all(slim, savings):
         assert scores[before].min() <= scores[after].min()
 
 
-def test_channels_go_in_multiples(slim, savings):
-    scores = by_loss(slim, savings, [X], lowering="auto", round_to=16)
+def test_channels_go_in_multiples(slim, savings, bodies):
+    scores = by_loss(slim, savings, bodies, [X], lowering="auto", round_to=16)
     for name in inner_bns(parse(slim)):
         for threshold in torch.unique(scores[name]).tolist():
             masks = select(slim, threshold, scores=scores, lowering="auto", round_to=16)
@@ -98,11 +133,17 @@ def test_what_is_spared_keeps_its_better_half_then_all(slim):
     assert torch.isfinite(scores["layer2.1.bn1"]).all()
 
 
-def test_reserved_channels_cost_plain_nets_only(slim, savings):
+def test_reserved_channels_cost_plain_nets_only(slim, savings, bodies):
     plain = channel_savings(slim, X, counted("macs"), "plain")
-    name = "layer1.1.shortcut_bn"
-    assert torch.isfinite(by_loss(slim, plain, [X], lowering="plain")[name]).any()
-    assert torch.isinf(by_loss(slim, savings, [X], lowering="auto")[name]).all()
+    plain_bodies = body_savings(slim, X, counted("macs"), "plain")
+    search = _Search(slim, plain, plain_bodies, [X], "plain", 1)
+    reserved = [place for place in search.places if place.kind == "reserved"]
+    assert [name for place in reserved for name in place.bns] == [
+        f"layer{stage}.{block}.shortcut_bn" for stage in (1, 2, 3) for block in (0, 1, 2)
+    ]
+    assert len(search.step(reserved[4])["layer2.1.shortcut_bn"]) == 8
+    search = _Search(slim, savings, bodies, [X], "auto", 1)
+    assert not any(place.kind == "reserved" for place in search.places)
 
 
 @settings(max_examples=15)
@@ -112,8 +153,9 @@ def test_random_networks(model, lowering):
     x = torch.randn(2, 3, 13, 10).double()
     savings = channel_savings(slim, x, counted("macs"), lowering)
     savings = {name: savings.get(name, 1.0) for name in scales_of(slim)}
+    bodies = body_savings(slim, x, counted("macs"), lowering)
     before = copy.deepcopy(slim.state_dict())
-    scores = by_loss(slim, savings, [x], lowering=lowering)
+    scores = by_loss(slim, savings, bodies, [x], lowering=lowering)
     for name, score in scores.items():
         assert score.shape == scales_of(slim)[name].shape
         assert (score >= 1).all()

@@ -330,20 +330,20 @@ def test_a_target_of_latency_is_met(run, tiny, tmp_path):
 def test_losses_are_searched_once_a_training(run, tiny, tmp_path, monkeypatch):
     searched = []
 
-    def by_loss(slim, savings, batches, *, lowering, round_to):  # noqa: ARG001
+    def by_loss(slim, savings, bodies, batches, *, lowering, round_to):  # noqa: ARG001
         searched.append(slim)
         return {name: scale.double() for name, scale in scales_of(slim).items()}
 
     monkeypatch.setattr(pruning, "by_loss", by_loss)
     slim, config = run[1].build(), CONFIG
-    savings = dict.fromkeys(scales_of(slim), 1.0)
-    first = pruning._loss_scores(slim, savings, config, tiny, tmp_path)
-    again = pruning._loss_scores(slim, savings, config, tiny, tmp_path)
+    task = run[1].task
+    first = pruning._loss_scores(slim, "macs", task, config, tiny, tmp_path)
+    again = pruning._loss_scores(slim, "macs", task, config, tiny, tmp_path)
     assert len(searched) == 1
     states_equal(first, again)
     torch.nn.init.zeros_(next(slim.parameters()))
-    pruning._loss_scores(slim, savings, config, tiny, tmp_path)
-    pruning._loss_scores(slim, savings | {"bn1": 2.0}, config, tiny, tmp_path)
+    pruning._loss_scores(slim, "macs", task, config, tiny, tmp_path)
+    pruning._loss_scores(slim, "params", task, config, tiny, tmp_path)
     assert len(searched) == 3
 
 
