@@ -55,7 +55,8 @@ class TrainingConfig:
         temperature: Softens both outputs for that share.
         schedule: How a penalty rises over the training, see `penalty_share`.
         seed: Of data order, augmentation and dropout.
-        precision: ``"bf16"`` autocasts; ``"auto"`` does so where the hardware computes it.
+        precision: ``"bf16"`` autocasts; ``"auto"`` does so where it is faster, see
+            `autocast_dtype`.
         compile: ``"on"``: `torch.compile` the model for training; ``"auto"`` does so where a few
             steps, timed with and without, say that it pays.
         color_jitter: See `rmprune.augmentation.Augmentation`.
@@ -150,6 +151,9 @@ def total_step_size(config: TrainingConfig, data: Dataset) -> float:
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
     """The dtype to autocast to, or None for float32 throughout.
 
+    ``"auto"`` takes bf16 on GPUs that compute it, and on CPUs with AMX. Those with AVX-512's bf16
+    products alone train faster in float32.
+
     Raises:
         UsageError: The precision is unknown.
     """
@@ -161,8 +165,11 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
         raise UsageError(f"unknown precision {precision!r}; known: auto, float32, bf16")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
-    capable = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if capable else None
+    return torch.bfloat16 if device.type == "cpu" and _has_amx() else None
+
+
+def _has_amx() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:

@@ -146,11 +146,13 @@ def test_a_teacher_is_learned_from_and_left_alone(tiny):
     torch.testing.assert_close(teacher.state_dict(), before, rtol=0, atol=0)
 
 
-def test_precision():
+def test_precision(monkeypatch):
     cpu = torch.device("cpu")
     assert autocast_dtype("float32", cpu) is None
     assert autocast_dtype("bf16", cpu) == torch.bfloat16
-    assert autocast_dtype("auto", cpu) in (None, torch.bfloat16)
+    for has_amx, dtype in ((True, torch.bfloat16), (False, None)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx)
+        assert autocast_dtype("auto", cpu) == dtype
     with pytest.raises(UsageError, match="unknown precision 'fp8'; known: auto, float32, bf16"):
         autocast_dtype("fp8", cpu)
 

@@ -124,20 +124,22 @@ def hand_written(
     batches: Callable[[], Batches],
     *,
     bf16: bool,
-    penalise: bool,
-    mode: str | None,
+    penalise: bool = False,
+    mode: str | None = None,
+    layout: torch.memory_format = torch.channels_last,
 ) -> Callable[[], None]:
     """The shortest loop that trains: no schedule, no checks.
 
     Args:
         model: On its device.
         batches: Of one epoch.
-        bf16: Autocast, in channels_last.
+        bf16: Autocast.
         penalise: With the L1 penalty on all BN scales.
         mode: Of `torch.compile`; None does not compile.
+        layout: Of the batches, and of the weights.
     """
     device = next(model.parameters()).device
-    model.to(memory_format=torch.channels_last if bf16 else torch.contiguous_format).train()
+    model.to(memory_format=layout).train()
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True
     )
@@ -189,9 +191,10 @@ def penalty_alone(setting: Setting) -> Callable[[], None]:
     return loop
 
 
-def evaluation_by_hand(setting: Setting, *, bf16: bool) -> Callable[[], None]:
+def evaluation_by_hand(
+    setting: Setting, *, bf16: bool, layout: torch.memory_format
+) -> Callable[[], None]:
     """The shortest loop that counts what is right."""
-    layout = torch.channels_last if bf16 else torch.contiguous_format
     model = setting.slimmable().eval().to(memory_format=layout)
 
     def loop() -> None:
@@ -224,34 +227,34 @@ def rmprune_evaluation(setting: Setting) -> Callable[[], None]:
 def loops_of(setting: Setting) -> dict[str, Callable[[], object]]:
     """All of them, by name."""
     fast = autocast_dtype("auto", setting.device) is not None
-    memory = partial(setting.in_memory, torch.channels_last)
-    by_hand = partial(hand_written, bf16=fast, mode=None)
+    plain = torch.contiguous_format
+    by_hand = partial(hand_written, bf16=fast)
+    batches = partial(setting.in_memory, torch.channels_last)
     best = "reduce-overhead" if setting.device.type == "cuda" else "default"
     found: dict[str, Callable[[], object]] = {
         "by hand, float32": hand_written(
-            setting.residual(),
-            partial(setting.in_memory, torch.contiguous_format),
-            bf16=False,
-            penalise=False,
-            mode=None,
+            setting.residual(), partial(setting.in_memory, plain), bf16=False, layout=plain
         ),
-        "by hand, residual": by_hand(setting.residual(), memory, penalise=False),
+        "by hand, residual": by_hand(setting.residual(), batches),
+        "by hand, residual, other precision": hand_written(
+            setting.residual(), batches, bf16=not fast
+        ),
         "by hand, same work": by_hand(setting.slimmable(), setting.augmented, penalise=True),
-        "by hand, same work, compiled": hand_written(
-            setting.slimmable(), setting.augmented, bf16=fast, penalise=True, mode=best
+        "by hand, same work, compiled": by_hand(
+            setting.slimmable(), setting.augmented, penalise=True, mode=best
         ),
         "rmprune train --compile off": rmprune_train(setting, "off"),
         "rmprune train --compile on": rmprune_train(setting, "on"),
         "penalty alone": penalty_alone(setting),
-        "evaluation by hand, float32": evaluation_by_hand(setting, bf16=False),
-        "evaluation by hand": evaluation_by_hand(setting, bf16=fast),
+        "evaluation by hand, float32": evaluation_by_hand(setting, bf16=False, layout=plain),
+        "evaluation by hand": evaluation_by_hand(setting, bf16=fast, layout=torch.channels_last),
         "rmprune's evaluation": rmprune_evaluation(setting),
     }
     if setting.device.type == "cuda":
-        found["by hand, synthetic, compiled"] = hand_written(
-            setting.slimmable(), setting.synthetic, bf16=fast, penalise=True, mode=best
+        found["by hand, synthetic, compiled"] = by_hand(
+            setting.slimmable(), setting.synthetic, penalise=True, mode=best
         )
-        found["by hand, DataLoader"] = by_hand(setting.residual(), setting.loaded, penalise=False)
+        found["by hand, DataLoader"] = by_hand(setting.residual(), setting.loaded)
     return found
 
 
