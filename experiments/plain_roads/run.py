@@ -1,0 +1,144 @@
+"""Ways to a plain net side by side: trained alike, converted, measured.
+
+python experiments/plain_roads/run.py --data folder:cifar10 --epochs 2
+
+What stands in results.csv is not trained again; all nets are timed in one run at the end.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from rmprune.backends import Platform, time_deployed
+from rmprune.checkpoints import Task, pick_device
+from rmprune.convert import convert
+from rmprune.data import Dataset, load_data
+from rmprune.measure import count_macs, count_params, evaluate
+from rmprune.models import create_model
+from rmprune.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
+from rmprune.reports import environment
+from rmprune.store import load, save, write_csv
+from rmprune.training import TrainingConfig, fit
+
+HERE = Path(__file__).parent
+# The ResNet that they are compared with, then the roads: label, colour, marker.
+ROADS = {
+    "resnet20": ("ResNet by RM", GREY, "*"),
+    "repvgg20": ("RepVGG", SKY, "s"),
+    "repvgg20_rm0.5": ("RepVGG with RM", BLUE, "o"),
+    "orepa_resnet20": ("OREPA-ResNet by RM", VERMILION, "v"),
+    "dbb_resnet20": ("DBB-ResNet by RM", ORANGE, "^"),
+    "rgsnet26_base_quarter": ("RGSNet by RM", PURPLE, "D"),
+    "pnnh_resnet20": ("PNNH", GREEN, "P"),
+}
+PANELS = {
+    "params": "parameters of the plain net",
+    "latency_ms": "latency of the plain net, ms",
+    "images_per_s": "images per second in training",
+}
+
+
+def train(name: str, config: TrainingConfig, data: Dataset, out: Path) -> dict[str, Any]:
+    """Train one network, convert it and save the plain net; a row of results."""
+    device = pick_device("auto")
+    torch.manual_seed(config.seed)
+    model = create_model(name, num_classes=len(data.classes))
+    began = time.perf_counter()
+    results = fit(model, data, config, device=device)
+    seconds = time.perf_counter() - began
+    model.cpu()
+    example = Task.of(data).example_input()
+    plain = convert(model, example, keep_bn=False)
+    save(plain, out / f"{name}.safetensors")
+    correct, images = evaluate(plain, data.test, mean=data.mean, std=data.std)
+    return {
+        "model": name,
+        "accuracy": correct / images,
+        "loss": results[-1].loss,
+        "training_params": count_params(model),
+        "params": count_params(plain),
+        "training_macs": count_macs(model, example),
+        "macs": count_macs(plain, example),
+        # With the evaluation behind every epoch, which is alike for all.
+        "images_per_s": config.epochs * len(data.train.labels) / seconds,
+    }
+
+
+def timed(table: pd.DataFrame, data: Dataset, platform: Platform, out: Path) -> pd.DataFrame:
+    """The table with the latencies of all nets, in turn, beside those of the residual network."""
+    example = Task.of(data).example_input()
+    nets = {name: load(out / f"{name}.safetensors") for name in table["model"]}
+    timings = time_deployed(nets, example, platform)
+    return table.assign(
+        latency_ms=[timings[name].median_ms for name in table["model"]],
+        latency_iqr_ms=[timings[name].iqr_ms for name in table["model"]],
+        backend=platform.backend,
+    )
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Accuracy against what a road costs, a panel each."""
+    figure = Figure(figsize=(10.5, 3.6), layout="constrained")
+    panels = figure.subplots(1, len(PANELS), sharey=True)
+    for axes, (column, label) in zip(panels, PANELS.items(), strict=True):
+        for row in table.to_dict("records"):
+            name, colour, marker = ROADS.get(row["model"], (row["model"], "black", "x"))
+            axes.plot(
+                row[column], 100 * row["accuracy"], marker, color=colour, markersize=8, label=name
+            )
+        axes.set_xlabel(label)
+        axes.set_xlim(left=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel("test accuracy, %")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", frameon=False)
+    return figure
+
+
+@click.command()
+@click.option("--data", "spec", required=True, help="As in rmprune train.")
+@click.option("--model", "models", multiple=True, default=tuple(ROADS), show_default=True)
+@click.option("--epochs", default=10, show_default=True)
+@click.option("--lr", default=0.1, show_default=True)
+@click.option("--batch-size", default=128, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--backend", type=click.Choice(["torch", "onnxruntime"]), default="onnxruntime")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=HERE)
+def main(
+    spec: str,
+    models: tuple[str, ...],
+    epochs: int,
+    lr: float,
+    batch_size: int,
+    seed: int,
+    backend: Any,
+    out: Path,
+) -> None:
+    data = load_data(spec, image_size=32)
+    config = TrainingConfig(epochs, lr=lr, batch_size=batch_size, seed=seed, compile="off")
+    platform = Platform(backend)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "results.csv"
+    rows = pd.read_csv(path).to_dict("records") if path.exists() else []
+    settings = {"data": spec, "epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed}
+    for name in models:
+        if any(row["model"] == name for row in rows):
+            continue
+        rows.append(train(name, config, data, out) | settings | environment())
+        write_csv(pd.DataFrame(rows), path)
+        print(f"{name}: {100 * rows[-1]['accuracy']:.2f} %", flush=True)
+    table = timed(pd.DataFrame(rows), data, platform, out)
+    write_csv(table, path)
+    print(table[["model", "accuracy", *PANELS]].to_string(index=False))
+    draw(table).savefig(out / "roads.png", dpi=200)
+
+
+if __name__ == "__main__":
+    main()
