@@ -18,23 +18,27 @@ import torchvision
 from torch import Tensor, nn
 
 from rmprune.errors import UsageError, WeightsError
+from rmprune.models import repvgg, rmnext
 from rmprune.models.cifar_resnet import thin_resnet, wide_resnet
 from rmprune.models.mobilenet_rm import mobilenetv2_rm
 
 TORCHVISION = "torchvision:"
 TIMM = "timm:"
 
-_BUILDERS: dict[str, Callable[[int], nn.Module]] = {
+Builder = Callable[[int], nn.Module]  # of a number of classes
+
+_BUILDERS: dict[str, Builder] = {
     **{f"resnet{layers}": partial(thin_resnet, layers) for layers in (20, 32, 44, 56, 110)},
     "resnet18": partial(wide_resnet, (2, 2, 2, 2)),
     "resnet34": partial(wide_resnet, (3, 4, 6, 3)),
     "mobilenetv2_rm": mobilenetv2_rm,
 }
+_FAMILIES = (repvgg, rmnext)  # whose names hold numbers
 
 
 def model_names() -> list[str]:
     """The names of rmprune's own models; ``torchvision:`` and ``timm:NAME`` go besides."""
-    return list(_BUILDERS)
+    return [*_BUILDERS, *(name for family in _FAMILIES for name in family.model_names())]
 
 
 def create_model(
@@ -55,8 +59,8 @@ def create_model(
     """
     if num_classes < 1:
         raise UsageError(f"a model needs at least one class, not {num_classes}")
-    if name in _BUILDERS:
-        model = _BUILDERS[name](num_classes)
+    if (builder := _builder(name)) is not None:
+        model = builder(num_classes)
     elif name.startswith(TORCHVISION) and name.removeprefix(TORCHVISION) in _torchvision_names():
         model = torchvision.models.get_model(
             name.removeprefix(TORCHVISION), weights=None, num_classes=num_classes
@@ -72,6 +76,12 @@ def create_model(
         # Only num_batches_tracked can be missing now; it plays no part with a fixed momentum.
         model.load_state_dict(state, strict=False)
     return model
+
+
+def _builder(name: str) -> Builder | None:
+    """What builds one of rmprune's own models."""
+    found = (family.builder_of(name) for family in _FAMILIES)
+    return _BUILDERS.get(name) or next((builder for builder in found if builder), None)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
