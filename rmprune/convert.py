@@ -233,7 +233,10 @@ class _Compiler:
             self._activate(step, step.op)
         elif isinstance(step.op, Gate):
             self._gate(step, step.op)
-        elif self.state.ndim == 4 and isinstance(step.op, nn.Conv2d | nn.AvgPool2d):
+        elif self.state.ndim == 4 and (
+            isinstance(step.op, nn.Conv2d | nn.AvgPool2d)
+            or (isinstance(step.op, nn.ZeroPad2d) and _is_symmetric(step.op))
+        ):
             self._write_value(step.inputs[0])
             value = self._linear(step)
             if value is None:
@@ -292,6 +295,8 @@ class _Compiler:
                 outside = torch.full((front + here + back,), -1, device=self.state.device)
                 outside[front : front + here] = torch.arange(here)
                 return values[0].select(outside)
+            case nn.ZeroPad2d() if _is_symmetric(step.op):
+                return values[0].pooled(Geometry(padding=(step.op.padding[2], step.op.padding[0])))
             case nn.AvgPool2d():
                 return self._average(step.op, values[0])
             case _:
@@ -343,6 +348,8 @@ class _Compiler:
         pending = max((path.geometry for path in value.paths), key=lambda g: g.taps)
         if geometry.taps > 1 and pending.taps > 1:
             return False
+        if any(path.geometry.pads for path in value.paths if path.geometry.taps == 1):
+            return True  # beside a padded layer nothing else could be reserved
         if self.fuse == "always" and geometry.taps == pending.taps == 1:
             return True
         besides = {node: other for node, other in self.values.items() if other is not value}
@@ -553,6 +560,11 @@ class _Compiler:
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _is_symmetric(pad: nn.ZeroPad2d) -> bool:
+    left, right, above, below = pad.padding
+    return left == right and above == below
 
 
 def _geometry(step: Step, conv: nn.Conv2d) -> Geometry:

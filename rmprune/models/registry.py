@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from rmprune.errors import UsageError, WeightsError
 from rmprune.models.cifar_resnet import thin_resnet, wide_resnet
 from rmprune.models.mobilenet_rm import mobilenetv2_rm
+from rmprune.models.orepa import orepa_vgg
+from rmprune.models.unit_resnet import cifar_resnet18, cifar_resnet20, imagenet_resnet
 
 TORCHVISION = "torchvision:"
 TIMM = "timm:"
@@ -29,6 +31,14 @@ _BUILDERS: dict[str, Callable[[int], nn.Module]] = {
     "resnet18": partial(wide_resnet, (2, 2, 2, 2)),
     "resnet34": partial(wide_resnet, (3, 4, 6, 3)),
     "mobilenetv2_rm": mobilenetv2_rm,
+    **{f"{kind}_resnet18": partial(cifar_resnet18, kind) for kind in ("orepa", "dbb")},
+    **{f"{kind}_resnet20": partial(cifar_resnet20, kind) for kind in ("orepa", "dbb")},
+    **{
+        f"{kind}_resnet{layers}_imagenet": partial(imagenet_resnet, kind, layers)
+        for kind in ("orepa", "dbb")
+        for layers in (18, 34, 50)
+    },
+    "orepa_vgg_a0": partial(orepa_vgg, (1, 2, 4, 14, 1), (48, 48, 96, 192, 1280)),
 }
 
 
