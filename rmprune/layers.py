@@ -1,8 +1,8 @@
 """The layers that torch lacks.
 
-`PartialActivation` and `ChannelGate` act on some channels and pass the rest: they are leaf
-modules, and nothing is added to anything inside of them. `ResidualBlock` does add; only
-`rmprune.lowering` puts it into a net. `ComposedConv2d` stands in networks that are trained;
+`PartialActivation`, `PartialGroupNorm` and `ChannelGate` act on some channels and pass the rest:
+they are leaf modules, and nothing is added to anything inside of them. `ResidualBlock` does add;
+only `rmprune.lowering` puts it into a net. `ComposedConv2d` stands in networks that are trained;
 in a net's list it has become an ``nn.Conv2d``.
 """
 
@@ -87,6 +87,77 @@ class PartialActivation(nn.Module):
     def extra_repr(self) -> str:
         """What is shown between the brackets."""
         return f"{self.activation}, {int(self.acts.sum())} of {self.num_channels} channels"
+
+
+class PartialGroupNorm(nn.Module):
+    """Group normalisation of some channels, without an affine map; the others pass.
+
+    Every group gets mean 0 and variance 1 over its channels and all positions of an image (Wu
+    and He, ECCV 2018, eq. 1 to 3).
+
+    Args:
+        num_channels: Of the input.
+        num_groups: They are equally large.
+        channels: Which ones, group by group.
+        eps: Added to the variance.
+    """
+
+    source: Tensor
+
+    def __init__(
+        self, num_channels: int, num_groups: int, channels: Sequence[int], eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.num_channels, self.num_groups, self.eps = num_channels, num_groups, eps
+        self.channels = tuple(channels)
+        inside = all(0 <= channel < num_channels for channel in self.channels)
+        if not inside or len(set(self.channels)) < len(self.channels):
+            raise ValueError(f"channels must be different ones of 0 to {num_channels - 1}")
+        if len(self.channels) % max(num_groups, 1) or bool(num_groups) != bool(self.channels):
+            raise ValueError(f"{len(self.channels)} channels make no {num_groups} equal groups")
+        # Where each channel of the output stands when the normalised ones follow the input.
+        source = torch.arange(num_channels, device="cpu")
+        source[list(self.channels)] = num_channels + torch.arange(len(self.channels), device="cpu")
+        self.register_buffer("source", source, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, num_channels, H, W)`` to the same shape."""
+        if not self.channels:
+            return x
+        first, end = self.channels[0], self.channels[0] + len(self.channels)
+        if self.channels == tuple(range(first, end)):
+            parts = [x[:, :first], self._normalised(x[:, first:end]), x[:, end:]]
+            return torch.cat([part for part in parts if part.shape[1]], 1)
+        chosen = self._normalised(x.index_select(1, x.new_tensor(self.channels, dtype=torch.long)))
+        return torch.cat([x, chosen], 1).index_select(1, self.source)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.num_groups, eps=self.eps)
+
+    def by_group(self) -> Tensor:
+        """The channels of every group, ``(num_groups, channels of one)``."""
+        return torch.tensor(self.channels, dtype=torch.long).view(self.num_groups or 1, -1)
+
+    def keep(self, channels: Tensor) -> None:
+        """Cut out all channels but the given ones, ``(n,)``.
+
+        Raises:
+            ValueError: They are part of a group: what is left of it would have other statistics.
+        """
+        place = {channel: at for at, channel in enumerate(channels.tolist())}
+        left = [[c for c in group if c in place] for group in self.by_group().tolist()]
+        size = len(self.channels) // max(self.num_groups, 1)
+        groups = [group for group in left if group]
+        if any(len(group) < size for group in groups):
+            raise ValueError("a group of a group norm is kept or removed as a whole")
+        kept = [place[channel] for group in groups for channel in group]
+        fresh = PartialGroupNorm(len(channels), len(groups), kept, self.eps).to(channels.device)
+        self.__dict__.update(fresh.__dict__ | {"training": self.training})
+
+    def extra_repr(self) -> str:
+        """What is shown between the brackets."""
+        some = f"{len(self.channels)} of {self.num_channels} channels"
+        return f"{self.num_groups} groups, {some}, eps={self.eps}"
 
 
 class ChannelGate(nn.Module):

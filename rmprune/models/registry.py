@@ -21,6 +21,7 @@ from rmprune.errors import UsageError, WeightsError
 from rmprune.models.cifar_resnet import thin_resnet, wide_resnet
 from rmprune.models.mobilenet_rm import mobilenetv2_rm
 from rmprune.models.orepa import orepa_vgg
+from rmprune.models.rgsnet import DEPTHS, VARIANTS, rgsnet
 from rmprune.models.unit_resnet import cifar_resnet18, cifar_resnet20, imagenet_resnet
 
 TORCHVISION = "torchvision:"
@@ -37,6 +38,22 @@ _BUILDERS: dict[str, Callable[[int], nn.Module]] = {
         f"{kind}_resnet{layers}_imagenet": partial(imagenet_resnet, kind, layers)
         for kind in ("orepa", "dbb")
         for layers in (18, 34, 50)
+    },
+    **{
+        f"rgsnet{layers}_{variant}": partial(rgsnet, depths, variant)
+        for layers, depths in DEPTHS.items()
+        for variant in VARIANTS
+    },
+    **{
+        f"rgsnet{layers}_{variant}_imagenet": partial(
+            rgsnet, DEPTHS[layers], variant, imagenet=True
+        )
+        for layers in (26, 50)
+        for variant in VARIANTS
+    },
+    **{
+        f"rgsnet26_{variant}_quarter": partial(rgsnet, DEPTHS[26], variant, width=0.25)
+        for variant in VARIANTS
     },
     "orepa_vgg_a0": partial(orepa_vgg, (1, 2, 4, 14, 1), (48, 48, 96, 192, 1280)),
 }
