@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from rmprune.composed import ComposedConv2d
 from rmprune.errors import ConversionError, first_line
-from rmprune.layers import ComposedConv2d
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 

@@ -1,14 +1,12 @@
-"""The layers that torch lacks.
+"""The layers of a net's list that torch lacks.
 
 `PartialActivation`, `PartialGroupNorm` and `ChannelGate` act on some channels and pass the rest:
 they are leaf modules, and nothing is added to anything inside of them. `ResidualBlock` does add;
-only `rmprune.lowering` puts it into a net. `ComposedConv2d` stands in networks that are trained;
-in a net's list it has become an ``nn.Conv2d``.
+only `rmprune.lowering` puts it into a net.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -102,22 +100,29 @@ class PartialGroupNorm(nn.Module):
         eps: Added to the variance.
     """
 
+    indices: Tensor
     source: Tensor
 
     def __init__(
         self, num_channels: int, num_groups: int, channels: Sequence[int], eps: float = 1e-5
     ) -> None:
         super().__init__()
-        self.num_channels, self.num_groups, self.eps = num_channels, num_groups, eps
-        self.channels = tuple(channels)
-        inside = all(0 <= channel < num_channels for channel in self.channels)
-        if not inside or len(set(self.channels)) < len(self.channels):
+        self.eps = eps
+        self._set(num_channels, num_groups, tuple(channels))
+
+    def _set(self, num_channels: int, num_groups: int, channels: tuple[int, ...]) -> None:
+        inside = all(0 <= channel < num_channels for channel in channels)
+        if not inside or len(set(channels)) < len(channels):
             raise ValueError(f"channels must be different ones of 0 to {num_channels - 1}")
-        if len(self.channels) % max(num_groups, 1) or bool(num_groups) != bool(self.channels):
-            raise ValueError(f"{len(self.channels)} channels make no {num_groups} equal groups")
+        if len(channels) % max(num_groups, 1) or bool(num_groups) != bool(channels):
+            raise ValueError(f"{len(channels)} channels make no {num_groups} equal groups")
+        self.num_channels, self.num_groups, self.channels = num_channels, num_groups, channels
+        # Known from the arguments: neither saved, nor made without values on the meta device.
+        indices = torch.tensor(channels, dtype=torch.long, device="cpu")
         # Where each channel of the output stands when the normalised ones follow the input.
         source = torch.arange(num_channels, device="cpu")
-        source[list(self.channels)] = num_channels + torch.arange(len(self.channels), device="cpu")
+        source[indices] = num_channels + torch.arange(len(channels), device="cpu")
+        self.register_buffer("indices", indices, persistent=False)
         self.register_buffer("source", source, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,17 +131,15 @@ class PartialGroupNorm(nn.Module):
             return x
         first, end = self.channels[0], self.channels[0] + len(self.channels)
         if self.channels == tuple(range(first, end)):
-            parts = [x[:, :first], self._normalised(x[:, first:end]), x[:, end:]]
+            chosen = F.group_norm(x[:, first:end], self.num_groups, eps=self.eps)
+            parts = [x[:, :first], chosen, x[:, end:]]
             return torch.cat([part for part in parts if part.shape[1]], 1)
-        chosen = self._normalised(x.index_select(1, x.new_tensor(self.channels, dtype=torch.long)))
+        chosen = F.group_norm(x.index_select(1, self.indices), self.num_groups, eps=self.eps)
         return torch.cat([x, chosen], 1).index_select(1, self.source)
-
-    def _normalised(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.num_groups, eps=self.eps)
 
     def by_group(self) -> Tensor:
         """The channels of every group, ``(num_groups, channels of one)``."""
-        return torch.tensor(self.channels, dtype=torch.long).view(self.num_groups or 1, -1)
+        return self.indices.cpu().view(self.num_groups or 1, -1)
 
     def keep(self, channels: Tensor) -> None:
         """Cut out all channels but the given ones, ``(n,)``.
@@ -150,9 +153,9 @@ class PartialGroupNorm(nn.Module):
         groups = [group for group in left if group]
         if any(len(group) < size for group in groups):
             raise ValueError("a group of a group norm is kept or removed as a whole")
-        kept = [place[channel] for group in groups for channel in group]
-        fresh = PartialGroupNorm(len(channels), len(groups), kept, self.eps).to(channels.device)
-        self.__dict__.update(fresh.__dict__ | {"training": self.training})
+        kept = tuple(place[channel] for group in groups for channel in group)
+        self._set(len(channels), len(groups), kept)
+        self.to(channels.device)
 
     def extra_repr(self) -> str:
         """What is shown between the brackets."""
@@ -293,67 +296,6 @@ class ChannelSelection(nn.Module):
         """What is shown between the brackets."""
         how = "slice" if self.is_slice else "index"
         return f"{len(self.channels)} of {self.in_channels} channels by {how}, stride={self.stride}"
-
-
-class ComposedConv2d(nn.Module):
-    """A convolution without bias whose kernel is worked out anew in every forward pass.
-
-    For `rmprune.graph`, and so for conversion, it is the convolution that `as_conv` gives. A
-    subclass has the parameters and says how the kernel follows from them.
-
-    Args:
-        in_channels: Of the input.
-        out_channels: Of the output.
-        stride: In both directions.
-        padding: Zeros on all sides.
-        groups: As of a convolution.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int = 1,
-        padding: int = 0,
-        groups: int = 1,
-    ) -> None:
-        super().__init__()
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.stride, self.padding, self.groups = stride, padding, groups
-
-    def kernel(self) -> Tensor:
-        """``(out_channels, in_channels / groups, k, k)``."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(N, in_channels, H, W)`` to ``(N, out_channels, H', W')``."""
-        return F.conv2d(x, self.kernel(), None, self.stride, self.padding, 1, self.groups)
-
-    @torch.no_grad()
-    def as_conv(self, dtype: torch.dtype | None = None) -> nn.Conv2d:
-        """The same as one convolution.
-
-        Args:
-            dtype: Of the kernel, and of what it is worked out in; the parameters' own if None.
-        """
-        kernel = (self if dtype is None else copy.deepcopy(self).to(dtype)).kernel()
-        conv = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            (kernel.shape[2], kernel.shape[3]),
-            self.stride,
-            self.padding,
-            groups=self.groups,
-            bias=False,
-            device="meta",
-        )
-        conv.weight = nn.Parameter(kernel)
-        return conv.train(self.training)
-
-    def extra_repr(self) -> str:
-        """What is shown between the brackets."""
-        options = f"stride={self.stride}, padding={self.padding}, groups={self.groups}"
-        return f"{self.in_channels}, {self.out_channels}, {options}"
 
 
 class ResidualBlock(nn.Module):

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rmprune.composed import ComposedConv2d
 from rmprune.errors import ConversionError
 from rmprune.graph import ADDITIONS, as_module, is_identity, reads_shape
-from rmprune.layers import OPEN, ChannelGate, ComposedConv2d, function_name
+from rmprune.layers import OPEN, ChannelGate, function_name
 from rmprune.norms import norm_of_bn
 
 MULTIPLICATIONS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rmprune.layers import ComposedConv2d
+from rmprune.composed import ComposedConv2d
 from rmprune.models.kernels import identity_kernel
 
 

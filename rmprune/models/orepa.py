@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from rmprune.layers import ComposedConv2d
+from rmprune.composed import ComposedConv2d
 from rmprune.models.kernels import (
     behind_pointwise,
     centred,

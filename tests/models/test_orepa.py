@@ -1,6 +1,8 @@
 """OREPA: squeezed blocks against their branches run one by one; published sizes; conversion."""
 
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +15,13 @@ from torch import nn
 from rmprune.convert import convert
 from rmprune.errors import ConversionError
 from rmprune.models import create_model
+from rmprune.models.dbb import dbb_unit
 from rmprune.models.kernels import composed, frequency_prior
 from rmprune.models.orepa import OREPA, DeepStem, OREPA1x1, orepa_unit, orepa_vgg
-from rmprune.models.unit_resnet import basic_block, bottleneck, unit_resnet
+from rmprune.models.unit_resnet import basic_block, bottleneck, imagenet_resnet, unit_resnet
 from rmprune.training import TrainingConfig, fit
+
+EXPERIMENT = Path(__file__).parents[2] / "experiments" / "orepa_cost" / "run.py"
 
 
 def count(model):
@@ -145,6 +150,32 @@ def test_parameters_of_networks_are_the_published_ones(layers, millions):
     with torch.device("meta"):
         model = create_model(f"orepa_resnet{layers}_imagenet", num_classes=1000)
     assert count(model) / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+def test_a_training_step_keeps_little_more_than_that_of_plain_convolutions():
+    """GiB at batch 64: what the specification counts for plain convolutions and DBB."""
+    saved_bytes = runpy.run_path(str(EXPERIMENT))["saved_bytes"]
+    found = {}
+    for kind in ("plain", "dbb", "orepa"):
+        with torch.device("meta"):
+            model = imagenet_resnet(kind, 18, 1000)
+            images, labels = torch.empty(64, 3, 224, 224), torch.empty(64, dtype=torch.long)
+        found[kind] = saved_bytes(model, images, labels) / 2**30
+    assert found["plain"] == pytest.approx(1.32, abs=0.005)
+    assert found["dbb"] == pytest.approx(4.30, abs=0.005)
+    assert found["orepa"] - found["plain"] <= 0.3 * (found["dbb"] - found["plain"])
+
+
+def test_bytes_on_the_meta_device_are_those_of_the_cpu():
+    saved_bytes = runpy.run_path(str(EXPERIMENT))["saved_bytes"]
+    found = set()
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            net = unit_resnet(
+                [dbb_unit(3, 4, 3), nn.ReLU()], lambda *s: basic_block(*s, orepa_unit), (1,), 4, 3
+            )
+            found.add(saved_bytes(net, torch.ones(2, 3, 8, 8), torch.ones(2, dtype=torch.long)))
+    assert len(found) == 1
 
 
 def test_every_branch_but_the_priors_has_a_gradient_at_the_first_step():
