@@ -29,6 +29,7 @@ from torch import Tensor, fx, nn
 from rmprune.carrying import Bound, Carrier, Carry, Interval, Way, carrying_activation
 from rmprune.errors import ConversionError, UsageError, first_line
 from rmprune.graph import GlobalMean, PadChannels, Subsample, trace
+from rmprune.layers import PartialGroupNorm
 from rmprune.layout import Downsample, Layout, weights_with_and_without_merging
 from rmprune.linear import Geometry, Rows, Value, add, concatenate, sorted_unique
 from rmprune.norms import folded, norm_of_bn
@@ -72,7 +73,7 @@ def convert(
     Args:
         model: In evaluation mode; left as it is. Any network that `torch.fx` can trace and
             whose residual paths are made of convolutions, BNs, activations, squeeze and
-            excitation, average pooling, concatenations and additions.
+            excitation, group norms, average pooling, concatenations and additions.
         example_input: ``(N, C, H, W)``; the two nets are compared on it in float64.
         downsample: How a block whose shortcut changes the tensor is rewritten (RMNet,
             appendix A.1): ``"relu"`` carries x and puts the shortcut's weights into the
@@ -215,7 +216,9 @@ class _Compiler:
     def _next_other(self, waiting: Sequence[Step]) -> Step:
         """Write the layers of the first step that can be done."""
         refusals = []
-        for step in waiting:
+        # What depends on all positions comes last: right before the merge no activation is left
+        # between that its signed results would have to be carried past.
+        for step in sorted(waiting, key=lambda step: isinstance(step.op, nn.GroupNorm)):
             if self._ready(step):
                 try:
                     self._do(step)
@@ -233,7 +236,12 @@ class _Compiler:
             self._activate(step, step.op)
         elif isinstance(step.op, Gate):
             self._gate(step, step.op)
-        elif self.state.ndim == 4 and isinstance(step.op, nn.Conv2d | nn.AvgPool2d):
+        elif isinstance(step.op, nn.GroupNorm) and self.state.ndim == 4:
+            self._group_norm(step, step.op)
+        elif self.state.ndim == 4 and (
+            isinstance(step.op, nn.Conv2d | nn.AvgPool2d)
+            or (isinstance(step.op, nn.ZeroPad2d) and _is_symmetric(step.op))
+        ):
             self._write_value(step.inputs[0])
             value = self._linear(step)
             if value is None:
@@ -292,6 +300,8 @@ class _Compiler:
                 outside = torch.full((front + here + back,), -1, device=self.state.device)
                 outside[front : front + here] = torch.arange(here)
                 return values[0].select(outside)
+            case nn.ZeroPad2d() if _is_symmetric(step.op):
+                return values[0].pooled(Geometry(padding=(step.op.padding[2], step.op.padding[0])))
             case nn.AvgPool2d():
                 return self._average(step.op, values[0])
             case _:
@@ -343,6 +353,8 @@ class _Compiler:
         pending = max((path.geometry for path in value.paths), key=lambda g: g.taps)
         if geometry.taps > 1 and pending.taps > 1:
             return False
+        if any(path.geometry.pads for path in value.paths if path.geometry.taps == 1):
+            return True  # beside a padded layer nothing else could be reserved
         if self.fuse == "always" and geometry.taps == pending.taps == 1:
             return True
         besides = {node: other for node, other in self.values.items() if other is not value}
@@ -431,15 +443,36 @@ class _Compiler:
 
     def _gate(self, step: Step, gate: Gate) -> None:
         """A squeeze-and-excitation gate that is exactly 1 for all other channels."""
-        if self.values[step.inputs[0]].selected() is None or self._is_read_elsewhere(step):
-            self._write_value(step.inputs[0])
-        channels = self.values[step.inputs[0]].selected()
-        assert channels is not None
+        channels = self._own_channels(step)
         wide = gate.layer(len(channels)).widened(channels, self.state.shape[1])
         self._emit(step.name, wide)
         gated = self.interval.select(channels).with_zero()
         self.interval = self.interval.replaced(channels, gated)
         self._finish(step, Value.of_state(channels, self.state, self.written))
+
+    def _group_norm(self, step: Step, norm: nn.GroupNorm) -> None:
+        """A group norm beside which all other channels pass; its affine map is linear, and so
+        joins the layer that reads it."""
+        channels = self._own_channels(step)
+        layer = PartialGroupNorm(
+            self.state.shape[1], norm.num_groups, channels.tolist(), norm.eps
+        ).to(self.state.device)
+        self._emit(step.name, layer)
+        unknown = Interval.unknown(len(channels), self.state)
+        self.interval = self.interval.replaced(channels, unknown)
+        value = Value.of_state(channels, self.state, self.written)
+        if norm.weight is not None:
+            factor, offset = norm.weight.detach().double(), norm.bias.detach().double()
+            value = value.scaled(factor, offset)
+        self._finish(step, value)
+
+    def _own_channels(self, step: Step) -> Tensor:
+        """The state's channels that a step's input consists of and nothing else reads."""
+        node = step.inputs[0]
+        channels = self.values[node].selected()
+        if channels is None or self._is_read_elsewhere(step):
+            channels, _ = self._write(node)
+        return channels
 
     def _is_read_elsewhere(self, step: Step) -> bool:
         """Whether other tensors read the channels that a step would change in place."""
@@ -553,6 +586,11 @@ class _Compiler:
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _is_symmetric(pad: nn.ZeroPad2d) -> bool:
+    left, right, above, below = pad.padding
+    return left == right and above == below
 
 
 def _geometry(step: Step, conv: nn.Conv2d) -> Geometry:

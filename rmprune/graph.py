@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from rmprune.composed import ComposedConv2d
 from rmprune.errors import ConversionError, first_line
 
 ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -110,6 +111,12 @@ class Chain:
                 yield from item.shortcut
 
 
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is one node, and its code is not looked into."""
+        return isinstance(m, ComposedConv2d) or super().is_leaf_module(m, module_qualified_name)
+
+
 def trace(model: nn.Module, copied: bool = True) -> fx.GraphModule:
     """Trace a model, which stays as it is.
 
@@ -125,7 +132,7 @@ def trace(model: nn.Module, copied: bool = True) -> fx.GraphModule:
     if isinstance(model, fx.GraphModule):
         return model
     try:
-        return fx.symbolic_trace(model)
+        return fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
     except Exception as error:  # fx raises whatever the model's own code raises on proxies
         raise ConversionError(
             type(model).__name__,
@@ -290,7 +297,8 @@ def as_module(
         constants: Values of the nodes that do not depend on the input.
     """
     if node.op == "call_module":
-        return graph_module.get_submodule(str(node.target))
+        module = graph_module.get_submodule(str(node.target))
+        return module.as_conv() if isinstance(module, ComposedConv2d) else module
     known = constants or {}
 
     def value(argument: Any) -> Any:
@@ -337,7 +345,7 @@ def as_module(
         case operator.getitem:
             return _as_subsample(node.args[1])
         case F.pad:
-            return _as_channel_padding(plain, keywords)
+            return _as_padding(plain, keywords)
         case _:
             return nn.Identity() if _returns_its_input(node) else None
 
@@ -424,9 +432,11 @@ def _as_subsample(index: Any) -> nn.Module | None:
     return Subsample(step or 1) if index == (slice(None), slice(None), every, every) else None
 
 
-def _as_channel_padding(arguments: list[Any], keywords: dict[str, Any]) -> nn.Module | None:
+def _as_padding(arguments: list[Any], keywords: dict[str, Any]) -> nn.Module | None:
     amounts, *rest = [*arguments, *keywords.values()]
     zeros = all(value in ("constant", 0, 0.0, None) for value in rest)
+    if zeros and len(amounts) == 4:
+        return nn.ZeroPad2d(tuple(amounts))
     if zeros and len(amounts) == 6 and tuple(amounts[:4]) == (0, 0, 0, 0):
         return PadChannels(amounts[4], amounts[5])
     return None

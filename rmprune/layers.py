@@ -1,8 +1,8 @@
 """The layers of a net's list that torch lacks.
 
-`PartialActivation` and `ChannelGate` act on some channels and pass the rest: they are leaf
-modules, and nothing is added to anything inside of them. `ResidualBlock` does add; only
-`rmprune.lowering` puts it into a net.
+`PartialActivation`, `PartialGroupNorm` and `ChannelGate` act on some channels and pass the rest:
+they are leaf modules, and nothing is added to anything inside of them. `ResidualBlock` does add;
+only `rmprune.lowering` puts it into a net.
 """
 
 from __future__ import annotations
@@ -85,6 +85,82 @@ class PartialActivation(nn.Module):
     def extra_repr(self) -> str:
         """What is shown between the brackets."""
         return f"{self.activation}, {int(self.acts.sum())} of {self.num_channels} channels"
+
+
+class PartialGroupNorm(nn.Module):
+    """Group normalisation of some channels, without an affine map; the others pass.
+
+    Every group gets mean 0 and variance 1 over its channels and all positions of an image (Wu
+    and He, ECCV 2018, eq. 1 to 3).
+
+    Args:
+        num_channels: Of the input.
+        num_groups: They are equally large.
+        channels: Which ones, group by group.
+        eps: Added to the variance.
+    """
+
+    indices: Tensor
+    source: Tensor
+
+    def __init__(
+        self, num_channels: int, num_groups: int, channels: Sequence[int], eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self._set(num_channels, num_groups, tuple(channels))
+
+    def _set(self, num_channels: int, num_groups: int, channels: tuple[int, ...]) -> None:
+        inside = all(0 <= channel < num_channels for channel in channels)
+        if not inside or len(set(channels)) < len(channels):
+            raise ValueError(f"channels must be different ones of 0 to {num_channels - 1}")
+        if len(channels) % max(num_groups, 1) or bool(num_groups) != bool(channels):
+            raise ValueError(f"{len(channels)} channels make no {num_groups} equal groups")
+        self.num_channels, self.num_groups, self.channels = num_channels, num_groups, channels
+        # Known from the arguments: neither saved, nor made without values on the meta device.
+        indices = torch.tensor(channels, dtype=torch.long, device="cpu")
+        # Where each channel of the output stands when the normalised ones follow the input.
+        source = torch.arange(num_channels, device="cpu")
+        source[indices] = num_channels + torch.arange(len(channels), device="cpu")
+        self.register_buffer("indices", indices, persistent=False)
+        self.register_buffer("source", source, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, num_channels, H, W)`` to the same shape."""
+        if not self.channels:
+            return x
+        first, end = self.channels[0], self.channels[0] + len(self.channels)
+        if self.channels == tuple(range(first, end)):
+            chosen = F.group_norm(x[:, first:end], self.num_groups, eps=self.eps)
+            parts = [x[:, :first], chosen, x[:, end:]]
+            return torch.cat([part for part in parts if part.shape[1]], 1)
+        chosen = F.group_norm(x.index_select(1, self.indices), self.num_groups, eps=self.eps)
+        return torch.cat([x, chosen], 1).index_select(1, self.source)
+
+    def by_group(self) -> Tensor:
+        """The channels of every group, ``(num_groups, channels of one)``."""
+        return self.indices.cpu().view(self.num_groups or 1, -1)
+
+    def keep(self, channels: Tensor) -> None:
+        """Cut out all channels but the given ones, ``(n,)``.
+
+        Raises:
+            ValueError: They are part of a group: what is left of it would have other statistics.
+        """
+        place = {channel: at for at, channel in enumerate(channels.tolist())}
+        left = [[c for c in group if c in place] for group in self.by_group().tolist()]
+        size = len(self.channels) // max(self.num_groups, 1)
+        groups = [group for group in left if group]
+        if any(len(group) < size for group in groups):
+            raise ValueError("a group of a group norm is kept or removed as a whole")
+        kept = tuple(place[channel] for group in groups for channel in group)
+        self._set(len(channels), len(groups), kept)
+        self.to(channels.device)
+
+    def extra_repr(self) -> str:
+        """What is shown between the brackets."""
+        some = f"{len(self.channels)} of {self.num_channels} channels"
+        return f"{self.num_groups} groups, {some}, eps={self.eps}"
 
 
 class ChannelGate(nn.Module):

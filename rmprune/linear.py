@@ -66,14 +66,15 @@ class Geometry:
 
     def after(self, first: Geometry) -> Geometry | None:
         """The geometry of this one applied to the output of another, where one of them is
-        a plain subsampling; None elsewhere."""
+        subsampling, or the first one padding; None elsewhere."""
         stride = _times(self.stride, first.stride)
-        if first.kernel == (1, 1) and not first.pads:
+        if first.kernel == (1, 1):
             dilation = [
                 d * s if k > 1 else 1
                 for k, d, s in zip(self.kernel, self.dilation, first.stride, strict=True)
             ]
-            padding = _times(self.padding, first.stride)
+            down, across = _times(self.padding, first.stride)
+            padding = (down + first.padding[0], across + first.padding[1])
             return Geometry(self.kernel, stride, padding, (dilation[0], dilation[1]))
         if self.kernel == (1, 1) and not self.pads:
             return replace(first, stride=stride)
@@ -205,6 +206,17 @@ class Rows:
         dense.index_put_((rows[keep], where[keep]), self.weight[keep], accumulate=True)
         return dense
 
+    def without_zeros(self) -> Rows:
+        """The same without columns that an output does not read: in groups again, if it was."""
+        reads = (self.weight != 0).any(3).any(2)
+        most = int(reads.sum(1).max())
+        if most == reads.shape[1]:
+            return self
+        order = torch.argsort(reads.int(), dim=1, descending=True, stable=True)[:, :most]
+        columns = torch.where(reads.gather(1, order), self.columns.gather(1, order), -1)
+        rows = torch.arange(len(order), device=order.device)[:, None]
+        return replace(self, columns=columns, weight=self.weight[rows, order])
+
     def before(self, outer: Rows) -> Rows:
         """``outer`` applied to these rows; one of the two geometries is pointwise."""
         if self.reads_one:
@@ -226,7 +238,7 @@ class Rows:
         else:
             product = torch.einsum("om,mihw->oihw", mixing[:, :, 0, 0], inner)
             geometry = self.geometry
-        return Rows(used.expand(len(product), len(used)), product, geometry)
+        return Rows(used.expand(len(product), len(used)), product, geometry).without_zeros()
 
 
 @dataclass(frozen=True)
@@ -237,8 +249,8 @@ class Path:
         source: ``(n,)``: the channels of the state that the rows' columns mean.
         head: The BN on these channels, the shortcut BN of a slimmable model for one; its
             gamma is the scale with which they are carried.
-        pool: Averaging over a window that comes next; a kernel of 1 is subsampling. Where
-            it is not pointwise, the rows are.
+        pool: Averaging over a window that comes next; a kernel of 1 is subsampling or padding.
+            Where it is not pointwise, the rows are.
         rows: What follows.
         born: When the layer that computed the source was written.
     """
@@ -253,6 +265,17 @@ class Path:
     def geometry(self) -> Geometry:
         """Of the whole path."""
         return self.rows.geometry if self.pool.is_pointwise else self.pool
+
+    def before(self, outer: Rows) -> Path | None:
+        """``outer`` applied to this path, or None if its kernel is no kernel over the state."""
+        if outer.geometry.is_pointwise or self.geometry.is_pointwise:
+            return replace(self, rows=self.rows.before(outer))
+        geometry = outer.geometry.after(self.pool)
+        if self.pool.taps > 1 or not self.rows.geometry.is_pointwise or geometry is None:
+            return None
+        return replace(
+            self, pool=POINTWISE, rows=replace(self.rows.before(outer), geometry=geometry)
+        )
 
     def columns(self) -> Tensor:
         """Channels of the state that are read, sorted."""
@@ -395,20 +418,19 @@ class Value:
         """A convolution of the value, or None if a layer must be written first."""
         value: Value | None = self.folded()
         geometry = rows.geometry
-        if geometry.kernel == (1, 1) and not geometry.pads and not geometry.is_pointwise:
+        if geometry.kernel == (1, 1) and not geometry.is_pointwise:
             value = self.pooled(geometry)
             rows = replace(rows, geometry=POINTWISE)
         if value is None:
             return None
         shift = (rows.weight.sum((2, 3)) * value.bias[rows.columns]).sum(1)
-        if not rows.geometry.is_pointwise:
-            constant = bool((value.bias != 0).any()) or any(p.has_offset() for p in value.paths)
-            spatial = any(not path.geometry.is_pointwise for path in value.paths)
-            if spatial or (constant and rows.geometry.pads):
-                return None
-        paths = tuple(replace(path, rows=path.rows.before(rows)) for path in value.paths)
+        constant = bool((value.bias != 0).any()) or any(p.has_offset() for p in value.paths)
+        paths = [path.before(rows) for path in value.paths]
+        known = tuple(path for path in paths if path is not None)
+        if len(known) < len(paths) or (constant and rows.geometry.pads):
+            return None
         out = shift if bias is None else shift + bias
-        return Value(paths, out, None, torch.ones_like(out), out, conv=name)
+        return Value(known, out, None, torch.ones_like(out), out, conv=name)
 
 
 def add(values: Sequence[Value]) -> Value:

@@ -21,7 +21,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from rmprune.errors import PruningError, UsageError
-from rmprune.layers import ChannelGate, PartialActivation, is_depthwise
+from rmprune.layers import ChannelGate, PartialActivation, PartialGroupNorm, is_depthwise
 from rmprune.plain import PlainNet, Width
 
 POINTWISE = (
@@ -131,6 +131,8 @@ class _Joint:
                 values = module(values[None, :, None, None]).flatten()
             if isinstance(module, nn.BatchNorm2d):
                 off |= module.weight == 0
+            if isinstance(module, PartialGroupNorm):  # what it makes of a constant is none
+                empty[list(module.channels)] = off[list(module.channels)] = False
         if not ((empty | off).cpu() & alive).any():
             return
         if _pads(self.consumer):
@@ -147,6 +149,11 @@ class _Joint:
         """The squeeze-and-excitation gates in between."""
         return tuple(m for m in self.between.values() if isinstance(m, ChannelGate))
 
+    @property
+    def group_norms(self) -> tuple[PartialGroupNorm, ...]:
+        """The group norms in between."""
+        return tuple(m for m in self.between.values() if isinstance(m, PartialGroupNorm))
+
     def _add_to_bias(self, offset: Tensor) -> None:
         if self.consumer.bias is not None:
             self.consumer.bias += offset
@@ -160,6 +167,9 @@ class _Joint:
         unread = alive & (self.columns() == 0).all(2).all(0).cpu()
         for gate in self.gates:
             unread &= ~gate.squeezed().cpu()
+        for norm in self.group_norms:  # its groups go as a whole, or their statistics change
+            groups = norm.by_group()
+            unread[groups] &= unread[groups].all(1, keepdim=True)
         alive &= ~unread
         where = unread.to(self.producer.weight.device)
         self.producer.weight[where] = 0
@@ -180,7 +190,7 @@ class _Joint:
                 tp.prune_batchnorm_out_channels(module, dead)
             elif isinstance(module, nn.PReLU) and module.num_parameters > 1:
                 tp.prune_prelu_out_channels(module, dead)
-            elif isinstance(module, ChannelGate | PartialActivation):
+            elif isinstance(module, ChannelGate | PartialActivation | PartialGroupNorm):
                 module.keep(torch.nonzero(alive).flatten().to(self.producer.weight.device))
         if isinstance(self.consumer, nn.Conv2d):
             tp.prune_conv_in_channels(self.consumer, dead)

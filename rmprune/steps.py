@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from rmprune.composed import ComposedConv2d
 from rmprune.errors import ConversionError
 from rmprune.graph import ADDITIONS, as_module, is_identity, reads_shape
 from rmprune.layers import OPEN, ChannelGate, function_name
@@ -293,6 +294,10 @@ class _Reader:
         scaling = self._scaling(node, inputs[0])
         if scaling is not None:
             return scaling
+        if node.op == "call_module":
+            composed = self.graph_module.get_submodule(str(node.target))
+            if isinstance(composed, ComposedConv2d):
+                return composed.as_conv(torch.float64)  # as exact as what is compared with it
         module = as_module(self.graph_module, node, self.constants)
         return (
             Unknown(f"the operation {_name(node)!r} is not supported") if module is None else module

@@ -33,6 +33,7 @@ from rmprune.layers import (
     ChannelGate,
     ChannelSelection,
     PartialActivation,
+    PartialGroupNorm,
     ResidualBlock,
 )
 from rmprune.plain import PlainNet, Width
@@ -110,6 +111,7 @@ _ARGUMENTS: dict[str, _Check] = {
     "output_size": _pair(_or(_count, None)),
     "approximate": _or(lambda _: False, "none", "tanh"),
     "num_channels": _count,
+    "num_groups": _size,
     "activation": _function,
     "sizes": _list_of(_count),
     "channels": _list_of(_size),
@@ -145,6 +147,7 @@ LAYERS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "Tanh": (nn.Tanh, ()),
     "ChannelGate": (ChannelGate, ("sizes", "activations")),
     "PartialActivation": (PartialActivation, ("activation", "num_channels")),
+    "PartialGroupNorm": (PartialGroupNorm, ("num_channels", "num_groups", "channels", "eps")),
     "ChannelSelection": (ChannelSelection, ("in_channels", "channels", "stride", "scale", "bias")),
 }
 BLOCK = "ResidualBlock"  # the one entry that holds others

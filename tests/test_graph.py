@@ -75,7 +75,7 @@ REFUSALS = {
     "no convolution": (lambda _, x: x + F.pad(x, (0,) * 6), "has a convolution"),
     "unknown operation": (lambda m, x: torch.fft.fft2(m.a(x)).real, "fft"),
     "squeezing": (lambda m, x: m.a(x)[:, :, ::2, ::3], "getitem"),
-    "padding of the map": (lambda m, x: F.pad(m.a(x), (1, 1, 1, 1)), "pad"),
+    "reflections": (lambda m, x: F.pad(m.a(x), (1, 1, 1, 1), "reflect"), "pad"),
 }
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from rmprune import store
 from rmprune.errors import StoreError
-from rmprune.layers import ChannelGate, ChannelSelection, PartialActivation
+from rmprune.layers import ChannelGate, ChannelSelection, PartialActivation, PartialGroupNorm
 from rmprune.plain import PlainNet, Width
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
@@ -41,6 +41,7 @@ def every_layer():
         tanh=nn.Tanh(),
         gate=ChannelGate((6, 3, 6), ("relu", "sigmoid")),
         partial=PartialActivation("relu6", 6),
+        group_norm=PartialGroupNorm(6, 2, [5, 0, 3, 4], eps=1e-3),
         selection=ChannelSelection(6, [4, 0, 1, 5, 2, 3], scale=True, bias=True),
         hardswish=nn.Hardswish(),
         hardsigmoid=nn.Hardsigmoid(),

@@ -21,6 +21,9 @@ from rmprune.errors import UsageError, WeightsError
 from rmprune.models import repvgg, rmnext
 from rmprune.models.cifar_resnet import thin_resnet, wide_resnet
 from rmprune.models.mobilenet_rm import mobilenetv2_rm
+from rmprune.models.orepa import orepa_vgg
+from rmprune.models.rgsnet import DEPTHS, VARIANTS, rgsnet
+from rmprune.models.unit_resnet import cifar_resnet18, cifar_resnet20, imagenet_resnet
 
 TORCHVISION = "torchvision:"
 TIMM = "timm:"
@@ -32,6 +35,30 @@ _BUILDERS: dict[str, Builder] = {
     "resnet18": partial(wide_resnet, (2, 2, 2, 2)),
     "resnet34": partial(wide_resnet, (3, 4, 6, 3)),
     "mobilenetv2_rm": mobilenetv2_rm,
+    **{f"{kind}_resnet18": partial(cifar_resnet18, kind) for kind in ("orepa", "dbb")},
+    **{f"{kind}_resnet20": partial(cifar_resnet20, kind) for kind in ("orepa", "dbb")},
+    **{
+        f"{kind}_resnet{layers}_imagenet": partial(imagenet_resnet, kind, layers)
+        for kind in ("orepa", "dbb")
+        for layers in (18, 34, 50)
+    },
+    **{
+        f"rgsnet{layers}_{variant}": partial(rgsnet, depths, variant)
+        for layers, depths in DEPTHS.items()
+        for variant in VARIANTS
+    },
+    **{
+        f"rgsnet{layers}_{variant}_imagenet": partial(
+            rgsnet, DEPTHS[layers], variant, imagenet=True
+        )
+        for layers in (26, 50)
+        for variant in VARIANTS
+    },
+    **{
+        f"rgsnet26_{variant}_quarter": partial(rgsnet, DEPTHS[26], variant, width=0.25)
+        for variant in VARIANTS
+    },
+    "orepa_vgg_a0": partial(orepa_vgg, (1, 2, 4, 14, 1), (48, 48, 96, 192, 1280)),
 }
 _FAMILIES = (repvgg, rmnext)  # whose names hold numbers
 
