@@ -2,7 +2,7 @@
 
 Meant for what rmprune exports: convolutions, and what stands between them, for one image.
 Tensors are float32, or int8 where the graph has QuantizeLinear and DequantizeLinear around
-them.
+them, to int8 or uint8.
 """
 
 from __future__ import annotations
@@ -213,9 +213,10 @@ def _enter(
         case "QuantizeLinear":
             zero = inputs[2].value if len(inputs) > 2 else np.zeros((), np.uint8)
             assert zero is not None
-            if zero.dtype != np.int8 or zero.size != 1:
-                raise ExportError(f"{node.name}: activations must be int8, one scale a tensor")
-            stored = replace(outputs[0], dtype="int8", scale=inputs[1].value, zero=int(zero.item()))
+            if zero.dtype not in (np.int8, np.uint8) or zero.size != 1:
+                raise ExportError(f"{node.name}: activations must be 8 bits, one scale a tensor")
+            middle = int(zero.item()) - (128 if zero.dtype == np.uint8 else 0)
+            stored = replace(outputs[0], dtype="int8", scale=inputs[1].value, zero=middle)
             made = [i for i, step in enumerate(found.nodes) if step.outputs == inputs[:1]]
             if alone and made:  # written as int8 at once
                 found.nodes[made[0]] = found.nodes[made[0]]._replace(outputs=[stored])

@@ -14,6 +14,7 @@ every image (see `rmprune.carrying`); int8 keeps to what it was calibrated on an
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -49,17 +50,16 @@ def absorb_offsets(net: PlainNet, batches: Iterable[Tensor]) -> PlainNet:
         batches: Normalised images, ``(N, C, H, W)`` each.
     """
     net = copy.deepcopy(net)
-    layers, values = net._modules, list(batches)
+    layers, values = OrderedDict(net.named_children()), list(batches)
     names = list(layers)
     for name, follower, reader in zip(names, names[1:], names[2:], strict=False):
         layer, activation, reads = layers[name], layers[follower], layers[reader]
-        assert layer is not None
-        if isinstance(layer, nn.Conv2d) and isinstance(reads, nn.Conv2d) and activation:
+        if isinstance(layer, nn.Conv2d) and isinstance(reads, nn.Conv2d):
             change = _Offsets.of(layer, activation, reads, values)
             change.apply(layer, reads)
             layers[follower] = change.activation
         values = [layer(value) for value in values]
-    return net
+    return net.with_layers(layers).eval()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -112,6 +113,20 @@ def test_int8_in_c_is_onnxruntimes(tmp_path, lowered):
     size = (tmp_path / "net.onnx").stat().st_size
     export(lowered, "onnx", tmp_path / "net.onnx", X[:1])
     assert size < 0.65 * (tmp_path / "net.onnx").stat().st_size
+
+
+def test_onnxruntime_computes_int8_convolutions_in_int8(tmp_path, lowered):
+    """Beside tensors that a block and its shortcut read, too."""
+    runtime = pytest.importorskip("onnxruntime")
+    done = export(lowered, "onnx", tmp_path / "net.onnx", X[:1], calibration=list(X.split(1)))
+    options = runtime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3  # of the file being for this hardware only
+    runtime.InferenceSession(done.paths[0], options, providers=["CPUExecutionProvider"])
+    counts = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    convolutions = [m for m in deployable(lowered).modules() if isinstance(m, torch.nn.Conv2d)]
+    assert counts["QLinearConv"] == len(convolutions)
+    assert "Conv" not in counts
 
 
 def test_what_cannot_be_exported(tmp_path, lowered):
