@@ -18,7 +18,9 @@ import torchvision
 from torch import Tensor, nn
 
 from rmprune.errors import UsageError, WeightsError
+from rmprune.models import pnnh
 from rmprune.models.cifar_resnet import thin_resnet, wide_resnet
+from rmprune.models.coder import pretrain_coders
 from rmprune.models.mobilenet_rm import mobilenetv2_rm
 
 TORCHVISION = "torchvision:"
@@ -29,6 +31,8 @@ _BUILDERS: dict[str, Callable[[int], nn.Module]] = {
     "resnet18": partial(wide_resnet, (2, 2, 2, 2)),
     "resnet34": partial(wide_resnet, (3, 4, 6, 3)),
     "mobilenetv2_rm": mobilenetv2_rm,
+    **{f"pnnh_{name}": partial(pnnh.pnnh_net, shape) for name, shape in pnnh.NETWORKS.items()},
+    **{f"plain_{name}": partial(pnnh.plain_net, shape) for name, shape in pnnh.NETWORKS.items()},
 }
 
 
@@ -40,14 +44,15 @@ def model_names() -> list[str]:
 def create_model(
     name: str, *, num_classes: int = 10, weights: Path | str | None = None
 ) -> nn.Module:
-    """Build a residual model, in training mode.
+    """Build a model, in training mode.
 
     Args:
         name: One of :func:`model_names`, or ``torchvision:NAME`` or ``timm:NAME`` for a
             classification network of torchvision or timm.
         num_classes: Outputs of the last layer.
         weights: State dict to load: ``.safetensors``, or a file of ``torch.save``, read
-            without running code from it. Random weights if None.
+            without running code from it. If None, random weights, of which frozen ones are
+            pretrained.
 
     Raises:
         UsageError: The name is unknown or the number of classes is not positive.
@@ -65,7 +70,9 @@ def create_model(
         model = _timm().create_model(name.removeprefix(TIMM), num_classes=num_classes)
     else:
         raise UsageError(f"unknown model {name!r}; {_nearest(name)}")
-    if weights is not None:
+    if weights is None:
+        pretrain_coders(model)
+    else:
         path = Path(weights)
         state = read_state_dict(path)
         _check_fit(state, model, name, num_classes, path)

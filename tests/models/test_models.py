@@ -36,7 +36,9 @@ def count(model):
 
 
 def test_every_name_has_its_published_number_of_parameters():
-    found = {name: count(create_model(name)) for name in model_names()}
+    # tests/models/test_pnnh.py has the plain ones.
+    residual = [name for name in model_names() if not name.startswith(("pnnh_", "plain_"))]
+    found = {name: count(create_model(name)) for name in residual}
     # The paper gives this one's MACs, which tests/test_convert.py checks.
     assert found.pop("mobilenetv2_rm") > 0
     assert found == PARAMETERS
