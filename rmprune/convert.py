@@ -10,7 +10,8 @@ values. What is not makes the compiler write a convolution, whose output channel
 
 and then the activation, which must pass the reserved channels: see `rmprune.carrying`. So a
 block ``y = F(x) + S(x)`` turns plain: its first convolution reserves x, and its last one adds
-S(x) from the reserved channels at the centre tap.
+S(x) from the reserved channels at the centre tap. Where S has the same activation as F (the
+coder of PNNH), both are computed side by side and need not be carried past each other.
 
 The layers run on the example input, in float64, as they are written, and in the end the
 output is compared with the network's own.
@@ -31,7 +32,7 @@ from rmprune.errors import ConversionError, UsageError, first_line
 from rmprune.graph import GlobalMean, PadChannels, Subsample, trace
 from rmprune.layers import PartialGroupNorm
 from rmprune.layout import Downsample, Layout, weights_with_and_without_merging
-from rmprune.linear import Geometry, Rows, Value, add, concatenate, sorted_unique
+from rmprune.linear import Geometry, Rows, Value, add, concatenate, join, sorted_unique
 from rmprune.norms import folded, norm_of_bn
 from rmprune.plain import PlainNet, Width
 from rmprune.rewrite import calibrate_bn
@@ -39,6 +40,7 @@ from rmprune.steps import (
     Addition,
     Concatenation,
     Gate,
+    Operation,
     Scaling,
     Slice,
     Step,
@@ -183,6 +185,7 @@ class _Compiler:
         self.layers: OrderedDict[str, nn.Module] = OrderedDict()
         self.widths: dict[str, Width] = {}
         self.written = 0
+        self.waiting = list(steps.steps)
         self.input_shape = example.shape[1:]
         self.values = {steps.source: self._value_of_state()}
         self.readers: dict[fx.Node, int] = {}
@@ -194,31 +197,31 @@ class _Compiler:
     def run(self) -> PlainNet:
         """Compile all steps: whatever is linear first, for then a layer that must be written
         knows everything that is needed of the state that it replaces."""
-        waiting = list(self.steps.steps)
-        while waiting:
-            step = self._next_linear(waiting) or self._next_other(waiting)
-            waiting.remove(step)
+        while self.waiting:
+            if not self._do_next_linear():
+                self._do_next_other()
         self._as_only_state(self.steps.result, "output", "the output")
         channels, height, width = self.input_shape
         net = PlainNet(self.layers, (channels, height, width), self.widths)
         net.info["carried"] = self.carrier.log
         return net.eval()
 
-    def _next_linear(self, waiting: Sequence[Step]) -> Step | None:
-        for step in waiting:
+    def _do_next_linear(self) -> bool:
+        """Do the first linear step that can be done; tells whether there was one."""
+        for step in self.waiting:
             if self._ready(step):
                 value = self._linear(step)
                 if value is not None:
                     self._finish(step, value)
-                    return step
-        return None
+                    return True
+        return False
 
-    def _next_other(self, waiting: Sequence[Step]) -> Step:
+    def _do_next_other(self) -> None:
         """Write the layers of the first step that can be done."""
         refusals = []
         # What depends on all positions comes last: right before the merge no activation is left
         # between that its signed results would have to be carried past.
-        for step in sorted(waiting, key=lambda step: isinstance(step.op, nn.GroupNorm)):
+        for step in sorted(self.waiting, key=lambda step: isinstance(step.op, nn.GroupNorm)):
             if self._ready(step):
                 try:
                     self._do(step)
@@ -226,7 +229,7 @@ class _Compiler:
                     # Another branch may have to go first, while the state has its resolution.
                     refusals.append(refusal)
                 else:
-                    return step
+                    return
         raise refusals[0]
 
     def _do(self, step: Step) -> None:
@@ -255,6 +258,7 @@ class _Compiler:
 
     def _finish(self, step: Step, value: Value) -> None:
         """Enter a step's result; forget tensors that nobody reads any more."""
+        self.waiting.remove(step)
         for node in step.inputs:
             self._release(node)
         self.values[step.node] = value
@@ -396,12 +400,12 @@ class _Compiler:
         self.layers[name] = module.to(self.dtype)
         return name
 
-    def _others(self, node: fx.Node) -> dict[fx.Node, Value]:
-        """The tensors that are needed besides one reading of a node."""
+    def _others(self, *nodes: fx.Node) -> dict[fx.Node, Value]:
+        """The tensors that are needed besides one reading of each of some nodes."""
         return {
             other: value
             for other, value in self.values.items()
-            if other is not node or self.readers[node] > 1
+            if other not in nodes or self.readers[other] > 1
         }
 
     def _as_only_state(self, node: fx.Node, name: str, reader: str) -> None:
@@ -483,18 +487,23 @@ class _Compiler:
         return any(bool(torch.isin(channels, value.read()).any()) for value in others.values())
 
     def _activate(self, step: Step, activation: nn.Module) -> None:
-        """An activation of one tensor, past which all others are carried."""
+        """An activation of one tensor, and of those that wait for the same one and can be
+        computed beside it; all others are carried past."""
         activation = copy.deepcopy(activation).double()
         if hasattr(activation, "inplace"):
             setattr(activation, "inplace", False)  # noqa: B010
-        node = step.inputs[0]
-        channels = self.values[node].selected()
+        steps = [step, *self._alike(step)]
+        nodes = [each.inputs[0] for each in steps]
+        chosen = [self.values[node].selected() for node in nodes]
         way: Way | None = None
-        if channels is not None and not self._is_read_elsewhere(step):
-            reserved = self._read(self._others(node))
+        if None not in chosen and not any(self._is_read_elsewhere(each) for each in steps):
+            reserved = self._read(self._others(*nodes))
             way = self.carrier.in_place(step.name, activation, self.interval.select(reserved))
-        if channels is None or way is None:
-            channels, way = self._write(node, step, activation)
+        if way is None:
+            own, way = self._write(nodes[0], step, activation, together=nodes[1:])
+            chosen = [own, *(self.values[node].selected() for node in nodes[1:])]
+        places = [one for one in chosen if one is not None]
+        channels = torch.cat(places)
         acts = torch.zeros(self.state.shape[1], dtype=torch.bool, device=self.state.device)
         acts[channels] = True
         slopes_each = isinstance(activation, nn.PReLU) and activation.num_parameters > 1
@@ -502,7 +511,27 @@ class _Compiler:
         activated = self.interval.select(channels).activated(activation)
         self._emit(step.name, carrying_activation(activation, acts, mode, self.state))
         self.interval = self.interval.replaced(channels, activated)
-        self._finish(step, Value.of_state(channels, self.state, self.written))
+        for each, where in zip(steps, places, strict=True):
+            self._finish(each, Value.of_state(where, self.state, self.written))
+
+    def _alike(self, step: Step) -> list[Step]:
+        """Other steps that wait for the activation of a step, whose tensors one layer can
+        compute with the step's, from no fewer channels than they have themselves."""
+        together = [step]
+        for other in self.waiting:
+            if other in together or not self._ready(other) or not _same(other.op, step.op):
+                continue
+            nodes = [each.inputs[0] for each in (*together, other)]
+            value = self.values[nodes[-1]]
+            geometries = [path.geometry for node in nodes for path in self.values[node].paths]
+            if (
+                len(set(nodes)) == len(nodes)
+                and self.readers[nodes[-1]] == 1
+                and value.channels <= len(value.read())
+                and join(geometries, self._state_size()) is not None
+            ):
+                together.append(other)
+        return together[1:]
 
     def _read(self, values: dict[fx.Node, Value]) -> Tensor:
         """The state's channels that some values read."""
@@ -521,6 +550,7 @@ class _Compiler:
         step: Step | None = None,
         activation: nn.Module | None = None,
         alone: bool = False,
+        together: Sequence[fx.Node] = (),
     ) -> tuple[Tensor, Way | None]:
         """Write a convolution and its BN.
 
@@ -529,19 +559,22 @@ class _Compiler:
             step: The activation's step, if one comes next.
             activation: It itself.
             alone: Whether the new state shall hold the tensor's channels in order and no others.
+            together: Tensors to compute beside it, for the same activation.
 
         Returns:
-            The tensor's channels in the new state, and how the others are to be carried.
+            The tensor's channels in the new state, and how those are to be carried that the
+            activation does not concern.
         """
         target = self.values[node]
-        others = self._others(node)
+        others = {other: self.values[other] for other in together}
+        acting = target.channels + sum(value.channels for value in others.values())
+        others |= self._others(node, *together)
         name = target.conv or node.name
         follower = self._follower(node) if others else None
-        layout = Layout(name, target, others, self.state, self.downsample, follower)
+        layout = Layout(name, target, others, self.state, self.downsample, follower, together)
         conv, norm, places = layout.layer(alone)
         interval = self.interval.convolved(conv).normed(norm)
-        own = places[: target.channels]
-        reserved = places[target.channels :]
+        own, reserved = places[: target.channels], places[acting:]
         way = None
         factor, shift = torch.ones_like(norm.gamma), torch.zeros_like(norm.gamma)
         if step is not None and activation is not None:
@@ -557,8 +590,7 @@ class _Compiler:
         else:
             name = self._emit(name, folded(conv, norm.as_module()))
         alternating = target.channels > 1 and bool(own[1] > 1) and conv.groups == 1
-        carried = conv.out_channels - target.channels
-        self.widths[name] = Width(target.channels, carried, alternating)
+        self.widths[name] = Width(acting, conv.out_channels - acting, alternating)
         self.written += 1
         self.interval = interval.affine(factor, shift)
         self.values.update(layout.values(places, factor, shift, self.written))
@@ -582,6 +614,19 @@ class _Compiler:
         """The one step that reads a node."""
         readers = [step for step in self.steps.steps if node in step.inputs]
         return readers[0] if len(readers) == 1 else None
+
+
+def _same(first: Operation, second: Operation) -> bool:
+    """Whether two operations are the same activation, without learned slopes."""
+    if not isinstance(first, ACTIVATIONS) or not isinstance(second, type(first)):
+        return False
+
+    def settings(module: nn.Module) -> dict[str, object]:
+        ignored = ("inplace", "training")
+        return {k: v for k, v in vars(module).items() if k[0] != "_" and k not in ignored}
+
+    has_slopes = any(True for _ in first.parameters())
+    return not has_slopes and settings(first) == settings(second)
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar
 
@@ -71,6 +71,7 @@ class Layout(Generic[Key]):
         follower: What reads the target next, if others still live behind it. A convolution
             gets channels of zeros where they let it be grouped; for an addition the target's
             channels alternate with the other term's, so that the merge can be grouped.
+        together: Keys of the others that are computed at once in any case.
 
     Raises:
         ConversionError: No one convolution can do it.
@@ -84,6 +85,7 @@ class Layout(Generic[Key]):
         state: Tensor,
         downsample: Downsample,
         follower: nn.Conv2d | Addition | None = None,
+        together: Collection[Key] = (),
     ) -> None:
         self.name = name
         self.target = target
@@ -93,7 +95,7 @@ class Layout(Generic[Key]):
         self.own_geometry = self._join([path.geometry for path in target.paths])
         self.stride = self.own_geometry.stride
         self.follower = follower
-        self.absorbed = self._choose_absorbed(downsample)
+        self.absorbed = self._choose_absorbed(downsample, together)
         self.geometry = self._join(
             [self.own_geometry]
             + [path.geometry for key in self.absorbed for path in others[key].paths]
@@ -131,11 +133,13 @@ class Layout(Generic[Key]):
         left = path.pool.behind(self.stride)
         return None if left is None else (Geometry(stride=self.stride), left)
 
-    def _choose_absorbed(self, downsample: Downsample) -> list[Key]:
+    def _choose_absorbed(self, downsample: Downsample, together: Collection[Key]) -> list[Key]:
         fixed: list[Key] = []
         optional: list[Key] = []
-        absorbed: list[Key] = []
+        absorbed = list(together)
         for key, value in self.others.items():
+            if key in together:
+                continue
             geometries = [path.geometry for path in value.paths]
             can_absorb = join([self.own_geometry, *geometries], self.size) is not None
             carried = [self._carried(path) for path in value.paths]

@@ -15,20 +15,22 @@ from torch.nn import functional as F
 
 
 class OptionAShortcut(nn.Module):
-    """Subsample by 2 and pad with zero channels (He et al. 2016, option A).
+    """Subsample and pad with zero channels (He et al. 2016, option A).
 
-    ``(N, in, H, W)`` to ``(N, out, ceil(H / 2), ceil(W / 2))``: the zero channels stand
-    half in front and half behind, planes / 4 each where planes = ``out`` = 2 · ``in``.
+    ``(N, in, H, W)`` to ``(N, out, ceil(H / stride), ceil(W / stride))``: the zero channels
+    stand half in front and half behind, planes / 4 each where planes = ``out`` = 2 · ``in``.
     """
 
-    def __init__(self, n_in: int, n_out: int) -> None:
+    def __init__(self, n_in: int, n_out: int, stride: int = 2) -> None:
         super().__init__()
+        self.stride = stride
         self.front = (n_out - n_in) // 2
         self.behind = n_out - n_in - self.front
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the shortcut's output."""
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.front, self.behind))
+        subsampled = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(subsampled, (0, 0, 0, 0, self.front, self.behind))
 
 
 def projection_shortcut(n_in: int, n_out: int) -> nn.Sequential:

@@ -18,12 +18,10 @@ import torchvision
 from torch import Tensor, nn
 
 from rmprune.errors import UsageError, WeightsError
-from rmprune.models import repvgg, rmnext
+from rmprune.models import pnnh, repvgg, rgsnet, rmnext, unit_resnet
 from rmprune.models.cifar_resnet import thin_resnet, wide_resnet
+from rmprune.models.coder import pretrain_coders
 from rmprune.models.mobilenet_rm import mobilenetv2_rm
-from rmprune.models.orepa import orepa_vgg
-from rmprune.models.rgsnet import DEPTHS, VARIANTS, rgsnet
-from rmprune.models.unit_resnet import cifar_resnet18, cifar_resnet20, imagenet_resnet
 
 TORCHVISION = "torchvision:"
 TIMM = "timm:"
@@ -35,30 +33,9 @@ _BUILDERS: dict[str, Builder] = {
     "resnet18": partial(wide_resnet, (2, 2, 2, 2)),
     "resnet34": partial(wide_resnet, (3, 4, 6, 3)),
     "mobilenetv2_rm": mobilenetv2_rm,
-    **{f"{kind}_resnet18": partial(cifar_resnet18, kind) for kind in ("orepa", "dbb")},
-    **{f"{kind}_resnet20": partial(cifar_resnet20, kind) for kind in ("orepa", "dbb")},
-    **{
-        f"{kind}_resnet{layers}_imagenet": partial(imagenet_resnet, kind, layers)
-        for kind in ("orepa", "dbb")
-        for layers in (18, 34, 50)
-    },
-    **{
-        f"rgsnet{layers}_{variant}": partial(rgsnet, depths, variant)
-        for layers, depths in DEPTHS.items()
-        for variant in VARIANTS
-    },
-    **{
-        f"rgsnet{layers}_{variant}_imagenet": partial(
-            rgsnet, DEPTHS[layers], variant, imagenet=True
-        )
-        for layers in (26, 50)
-        for variant in VARIANTS
-    },
-    **{
-        f"rgsnet26_{variant}_quarter": partial(rgsnet, DEPTHS[26], variant, width=0.25)
-        for variant in VARIANTS
-    },
-    "orepa_vgg_a0": partial(orepa_vgg, (1, 2, 4, 14, 1), (48, 48, 96, 192, 1280)),
+    **unit_resnet.BUILDERS,
+    **rgsnet.BUILDERS,
+    **pnnh.BUILDERS,
 }
 _FAMILIES = (repvgg, rmnext)  # whose names hold numbers
 
@@ -71,14 +48,15 @@ def model_names() -> list[str]:
 def create_model(
     name: str, *, num_classes: int = 10, weights: Path | str | None = None
 ) -> nn.Module:
-    """Build a residual model, in training mode.
+    """Build a model, in training mode.
 
     Args:
         name: One of :func:`model_names`, or ``torchvision:NAME`` or ``timm:NAME`` for a
             classification network of torchvision or timm.
         num_classes: Outputs of the last layer.
         weights: State dict to load: ``.safetensors``, or a file of ``torch.save``, read
-            without running code from it. Random weights if None.
+            without running code from it. If None, random weights, of which frozen ones are
+            pretrained.
 
     Raises:
         UsageError: The name is unknown or the number of classes is not positive.
@@ -96,7 +74,9 @@ def create_model(
         model = _timm().create_model(name.removeprefix(TIMM), num_classes=num_classes)
     else:
         raise UsageError(f"unknown model {name!r}; {_nearest(name)}")
-    if weights is not None:
+    if weights is None:
+        pretrain_coders(model)
+    else:
         path = Path(weights)
         state = read_state_dict(path)
         _check_fit(state, model, name, num_classes, path)

@@ -13,6 +13,8 @@ shortcut is left out at stride 2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
@@ -103,3 +105,14 @@ def rgsnet(
 def _conv_bn(n_in: int, n_out: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
     conv = nn.Conv2d(n_in, n_out, kernel_size, stride, kernel_size // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(n_out))
+
+
+BUILDERS: dict[str, Callable[[int], nn.Module]] = {}
+for variant in VARIANTS:
+    BUILDERS[f"rgsnet26_{variant}_quarter"] = partial(rgsnet, DEPTHS[26], variant, width=0.25)
+    for layers, depths in DEPTHS.items():
+        BUILDERS[f"rgsnet{layers}_{variant}"] = partial(rgsnet, depths, variant)
+    for layers in (26, 50):
+        BUILDERS[f"rgsnet{layers}_{variant}_imagenet"] = partial(
+            rgsnet, DEPTHS[layers], variant, imagenet=True
+        )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rmprune.models.cifar_resnet import OptionAShortcut
 from rmprune.models.dbb import conv_bn, dbb_unit
-from rmprune.models.orepa import orepa_unit
+from rmprune.models.orepa import orepa_unit, orepa_vgg
 
 Unit = Callable[[int, int, int, int], nn.Module]  # input, output channels, kernel size, stride
 UNITS: dict[str, Unit] = {"plain": conv_bn, "orepa": orepa_unit, "dbb": dbb_unit}
@@ -117,3 +117,13 @@ def cifar_resnet20(kind: str, num_classes: int) -> nn.Sequential:
     unit = UNITS[kind]
     block = partial(basic_block, unit=unit, option_a=True)
     return unit_resnet([unit(3, 16, 3, 1), nn.ReLU()], block, (3, 3, 3), 16, num_classes)
+
+
+BUILDERS: dict[str, Callable[[int], nn.Module]] = {
+    "orepa_vgg_a0": partial(orepa_vgg, (1, 2, 4, 14, 1), (48, 48, 96, 192, 1280)),
+}
+for kind in ("orepa", "dbb"):
+    BUILDERS[f"{kind}_resnet18"] = partial(cifar_resnet18, kind)
+    BUILDERS[f"{kind}_resnet20"] = partial(cifar_resnet20, kind)
+    for layers in DEPTHS:
+        BUILDERS[f"{kind}_resnet{layers}_imagenet"] = partial(imagenet_resnet, kind, layers)
