@@ -8,8 +8,22 @@ from dataclasses import dataclass
 from torch import nn
 
 from rmprune.errors import ConversionError
-from rmprune.graph import Block, Chain, Layer, PadChannels, Subsample, is_identity
+from rmprune.graph import Block, Chain, Layer, PadChannels, Subsample, is_identity, parse, trace
 from rmprune.norms import Norm, norm_of
+
+
+def has_slim_form(model: nn.Module) -> bool:
+    """Whether a network is a chain of residual blocks whose channels BNs decide over.
+
+    Such a network gets BNs on its shortcuts and is pruned under masks, still residual. What is
+    not (three branches, slices that pass by, gates, concatenations) may convert all the same;
+    then it is pruned as the plain net that it converts to, see `rmprune.plain_selection`.
+    """
+    try:
+        blocks = parse(trace(model, copied=False)).blocks
+        return all(split_units(block.body)[-1].bn is not None for block in blocks)
+    except ConversionError:
+        return False
 
 
 def channel_guards(chain: Chain) -> dict[str, tuple[str, ...]]:

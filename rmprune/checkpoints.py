@@ -17,7 +17,7 @@ from rmprune.batches import eval_batches
 from rmprune.compilation import Compile
 from rmprune.convert import convert
 from rmprune.costs import Cost, Lowering
-from rmprune.data import Dataset, calibration_images
+from rmprune.data import Dataset, calibration_images, hold_out
 from rmprune.errors import StoreError, UsageError, first_line
 from rmprune.importance import Importance
 from rmprune.logs import LogKind
@@ -29,8 +29,8 @@ from rmprune.processes import local_device
 from rmprune.removal import prune as remove_dead_channels
 from rmprune.rewrite import collapse
 from rmprune.selection import Masks, apply_masks
-from rmprune.slimming import add_shortcut_bn
-from rmprune.store import load_checkpoint, read_json, save_checkpoint
+from rmprune.slimming import slimmable
+from rmprune.store import built, load_checkpoint, read_json, save_checkpoint
 from rmprune.targets import Target
 from rmprune.training import Precision, Schedule, TrainingConfig
 
@@ -198,7 +198,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A slimmable model at some point of a run.
+    """A slimmable model, or the plain net that it became, at some point of a run.
 
     Attributes:
         stage: ``sparse``, ``masked`` or ``finetuned``.
@@ -207,7 +207,9 @@ class Checkpoint:
         model: Its state dict.
         masks: Masks that it is held under, if any.
         narrowed: Masks of the whole model that channels and blocks were cut out by, if any; see
-            `rmprune.narrowing`.
+            `rmprune.narrowing`. Of a plain net, masks of it before.
+        layers: Of a plain net: its layers without weights, see `rmprune.store.layers_of`; a
+            run has one from selection on where its model is no chain of residual blocks.
         forms: How blocks are lowered, by the name of their first layer; measured once, when
             channels are selected.
         epoch: Epochs trained in this stage.
@@ -222,6 +224,7 @@ class Checkpoint:
     model: dict[str, Any]
     masks: Masks | None = None
     narrowed: Masks | None = None
+    layers: str | None = None
     forms: dict[str, Form] | None = None
     epoch: int = 0
     optimizer: dict[str, Any] | None = None
@@ -260,23 +263,28 @@ class Checkpoint:
                 "or finetuned.pt of a run folder; a model's weights are given by --weights"
             ) from error
 
-    def build(self, device: torch.device | str = "cpu") -> fx.GraphModule:
+    def build(self, device: torch.device | str = "cpu") -> nn.Module:
         """The slimmable model, with its weights and under its masks, in evaluation mode.
+
+        Where selection made a plain net of it, it is this `PlainNet`.
 
         Raises:
             StoreError: The weights are not those of a slimmable model.
         """
+        if self.layers is not None:
+            return built(self.layers, self.model).to(device)
         if self.stage == "plain":
             raise StoreError(
                 "this is a checkpoint of the fine-tuning of a plain net, kept for --resume; "
                 "its result is the .safetensors file beside it"
             )
         model = create_model(self.config.model, num_classes=len(self.task.classes))
-        slim = add_shortcut_bn(model)
-        if self.narrowed is not None:
-            narrow(slim, self.narrowed)
-        if self.masks is not None:
-            apply_masks(slim, self.masks)
+        slim = slimmable(model)
+        if isinstance(slim, fx.GraphModule):
+            if self.narrowed is not None:
+                narrow(slim, self.narrowed)
+            if self.masks is not None:
+                apply_masks(slim, self.masks)
         slim.load_state_dict(self.model)
         return slim.to(device).eval()
 
@@ -331,16 +339,23 @@ def calibration_batches(data: Dataset, device: torch.device) -> list[Tensor]:
     return [images for images, _ in batches]
 
 
+def run_calibration(config: SlimConfig, data: Dataset) -> list[Tensor]:
+    """The same on the CPU, of those images that a run trains on."""
+    return calibration_batches(hold_out(data, config.holdout)[0], torch.device("cpu"))
+
+
 def deploy(checkpoint: Checkpoint, choose: Choose | None = None) -> PlainNet:
     """The net of a checkpoint: converted, dead channels removed, BNs folded, lowered.
 
     Args:
-        checkpoint: A slimmable model.
+        checkpoint: A slimmable model, or a plain net.
         choose: How to choose the forms that the checkpoint does not name, where the net may
             have additions; by default what its platform runs fastest.
     """
     config, example = checkpoint.config, checkpoint.task.example_input()
-    net = collapse(remove_dead_channels(convert(checkpoint.build(), example, keep_bn=False)))
+    model = checkpoint.build()
+    net = model if isinstance(model, PlainNet) else convert(model, example, keep_bn=False)
+    net = collapse(remove_dead_channels(net))
     origin = {"model": config.model, "image_size": config.image_size}
     net.info = {**origin, **dataclasses.asdict(checkpoint.task)}
     if config.lowering == "plain":

@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 
-from rmprune.backends import time_deployed
-from rmprune.blocks import inner_bns
+from rmprune.blocks import has_slim_form, inner_bns
+from rmprune.budgets import deployed_ratio, layer_costs, smallest_within_drop
 from rmprune.checkpoints import (
     Checkpoint,
     Scope,
@@ -24,30 +23,20 @@ from rmprune.checkpoints import (
     calibration_batches,
     deploy,
     pick_device,
+    run_calibration,
 )
 from rmprune.convert import convert
-from rmprune.costs import (
-    Cost,
-    LayerCosts,
-    body_savings,
-    channel_savings,
-    counted,
-    latency_table,
-    measured,
-    relative,
-    sites,
-)
+from rmprune.costs import Cost, LayerCosts, body_savings, channel_savings, relative
 from rmprune.data import Dataset, hold_out
 from rmprune.errors import PruningError, UsageError
 from rmprune.graph import parse
 from rmprune.importance import Importance, by_loss, by_scale, spare
 from rmprune.lowering import Choose, Form, likeliest
-from rmprune.measure import count_macs, count_params, evaluate
-from rmprune.models import create_model
 from rmprune.narrowing import cut, move_statistics, narrow, widen
+from rmprune.plain_pruning import plain_pruned
 from rmprune.selection import Masks, apply_masks, select
 from rmprune.slimming import scales_of
-from rmprune.store import load_tensors, save, save_tensors, write_csv
+from rmprune.store import load_tensors, save, save_tensors
 from rmprune.targets import TOLERANCE, Target, search, thresholds_of
 
 IMPORTANCE_BATCHES = 2  # of 256 images
@@ -56,9 +45,18 @@ DETOURS = 2  # around steps that pass a target by far
 
 
 def channel_weights(
-    slim: fx.GraphModule, cost: Cost, task: Task, config: SlimConfig, folder: Path
+    slim: nn.Module, cost: Cost, task: Task, config: SlimConfig, folder: Path
 ) -> dict[str, float]:
-    """What a channel of each BN saves, relative to the mean channel; 0 out of scope."""
+    """What a channel of each BN saves, relative to the mean channel; 0 out of scope.
+
+    A latency table is measured once and kept in the folder. In a network that is no chain of
+    residual blocks several BNs may feed one channel of the plain net: all weigh 1.
+    """
+    if not has_slim_form(slim):
+        if config.scope == "inner":
+            raise UsageError(f"{config.model} has no residual blocks with channels inside")
+        return dict.fromkeys(scales_of(slim), 1.0)
+    assert isinstance(slim, fx.GraphModule)
     return _within(config.scope, slim, _all_weights(slim, cost, task, config, folder))
 
 
@@ -75,24 +73,18 @@ def _all_weights(
     if cost == "uniform":
         return dict.fromkeys(channels, 1.0)
     slim = copy.deepcopy(slim).cpu().eval()
-    layer_costs = _layer_costs(slim, cost, task, config, folder)
-    savings = channel_savings(slim, task.example_input(), layer_costs, config.lowering)
+    costs = _layer_costs(slim, cost, task, config, folder)
+    savings = channel_savings(slim, task.example_input(), costs, config.lowering)
     return relative(savings, channels)
 
 
 def _layer_costs(
     slim: fx.GraphModule, cost: Cost, task: Task, config: SlimConfig, folder: Path
 ) -> LayerCosts:
-    """What layers cost; a latency table is measured once and kept in the folder."""
-    if cost != "latency":
-        return counted(cost)
-    settings = (config.backend, config.threads, config.latency_batch, config.round_to)
-    path = folder / f"latency-{'-'.join(map(str, settings))}.csv"
-    if not path.exists():
-        example = task.example_input()
-        network = slim if config.lowering == "auto" else convert(slim, example)
-        write_csv(latency_table(sites(network, example), config.platform, config.round_to), path)
-    return measured(pd.read_csv(path))
+    def network() -> nn.Module:
+        return slim if config.lowering == "auto" else convert(slim, task.example_input())
+
+    return layer_costs(cost, network, task, config, folder)
 
 
 def prune(
@@ -106,7 +98,7 @@ def prune(
     """Select channels and switch them off; save the masked model and its net.
 
     Args:
-        checkpoint: A slimmable model after training.
+        checkpoint: A slimmable model after training, or a plain net.
         config: Its ``threshold``, or its ``target``, says how many go.
         folder: To write to.
         data: For the statistics of BNs, and whose held-out images a target of accuracy is for.
@@ -119,6 +111,8 @@ def prune(
         PruningError: The target cannot be met.
     """
     slim, kept = checkpoint.build(), kept or folder
+    if not isinstance(slim, fx.GraphModule):
+        return _delivered(plain_pruned(slim, checkpoint, config, kept, data), folder, choose)
     target = None if config.target is None else Target.parse(config.target)
     if target is None:
         check_importance(config.importance)
@@ -132,7 +126,12 @@ def prune(
         masked = _switched_off(slim, checkpoint, masks, config)
     else:
         masked = _masked_within(target, slim, checkpoint, config, kept, data, choose)
-    masked = _with_statistics(masked, checkpoint, _calibration(config, data))
+    masked = _with_statistics(masked, checkpoint, run_calibration(config, data))
+    return _delivered(masked, folder, choose)
+
+
+def _delivered(masked: Checkpoint, folder: Path, choose: Choose | None) -> Checkpoint:
+    """The checkpoint with the forms of its net, both saved."""
     net = deploy(masked, choose)
     masked = replace(masked, forms=net.info.get("lowering"))
     masked.save(folder / "masked.pt")
@@ -167,15 +166,13 @@ def _with_statistics(
     """The masked model with the BN statistics that it has now, for those of a checkpoint."""
     assert masked.narrowed is not None
     slim, model = checkpoint.build(), masked.build()
+    assert isinstance(slim, fx.GraphModule)
+    assert isinstance(model, fx.GraphModule)
     masks = masked.narrowed
     if checkpoint.narrowed is not None:
         masks = cut(masks, slim, checkpoint.narrowed)
     move_statistics(model, slim, masks, calibration)
     return replace(masked, model=model.state_dict())
-
-
-def _calibration(config: SlimConfig, data: Dataset) -> list[Tensor]:
-    return calibration_batches(hold_out(data, config.holdout)[0], torch.device("cpu"))
 
 
 def _masked_within(
@@ -210,8 +207,8 @@ def _masked_within(
         return _switched_off(slim, checkpoint, masks, config)
 
     if target.kind == "accuracy-drop":
-        calibration = _calibration(config, data)
-        return _smallest_within_drop(
+        calibration = run_calibration(config, data)
+        return smallest_within_drop(
             target.value / 100,
             masked,
             lambda found: _with_statistics(found, checkpoint, calibration),
@@ -226,11 +223,9 @@ def _loss_scores(
     slim: fx.GraphModule, cost: Cost, task: Task, config: SlimConfig, data: Dataset, kept: Path
 ) -> dict[str, Tensor]:
     """Scores of `by_loss`: the search takes minutes, so they are kept by what they depend on."""
-    example, layer_costs = task.example_input(), _layer_costs(slim, cost, task, config, kept)
-    savings = _within(
-        config.scope, slim, channel_savings(slim, example, layer_costs, config.lowering)
-    )
-    bodies = body_savings(slim, example, layer_costs, config.lowering)
+    example, costs = task.example_input(), _layer_costs(slim, cost, task, config, kept)
+    savings = _within(config.scope, slim, channel_savings(slim, example, costs, config.lowering))
+    bodies = body_savings(slim, example, costs, config.lowering)
     settings = (savings, bodies, config.lowering, config.round_to, config.data, config.holdout)
     digest = hashlib.sha256(repr(settings).encode())
     for tensor in slim.state_dict().values():
@@ -310,50 +305,3 @@ def _changed(found: Checkpoint, above: Checkpoint, importance: Importance) -> se
     if importance == "loss":
         return {name for name, mask in before.items() if not torch.equal(mask, after[name])}
     return {name for name, mask in before.items() if mask.any()}
-
-
-def deployed_ratio(kind: str, checkpoint: Checkpoint, net: nn.Module) -> float:
-    """What a net costs, as a share of the cost of the original model of its run."""
-    config, example = checkpoint.config, checkpoint.task.example_input()
-    original = create_model(config.model, num_classes=len(checkpoint.task.classes)).eval()
-    if kind == "params":
-        return count_params(net) / count_params(original)
-    if kind == "macs":
-        return count_macs(net, example) / count_macs(original, example)
-    timings = time_deployed(
-        {"original": original, "net": net}, example, config.platform, rounds=9, warn=False
-    )
-    return timings["net"].median_ms / timings["original"].median_ms
-
-
-def _smallest_within_drop(
-    drop: float,
-    masked: _Masked,
-    settled: Callable[[Checkpoint], Checkpoint],
-    thresholds: list[float],
-    config: SlimConfig,
-    data: Dataset,
-) -> Checkpoint:
-    """Raise the threshold as long as the masked model loses no more on held-out images."""
-    if config.holdout == 0:
-        raise UsageError(
-            "a target of accuracy needs training images that no training has seen: "
-            "train with --holdout 0.1, say"
-        )
-    _, held_out = hold_out(data, config.holdout)
-    device = pick_device(config.device)
-
-    def accuracy(checkpoint: Checkpoint) -> float:
-        model = settled(checkpoint).build(device)
-        correct, images = evaluate(model, held_out, mean=data.mean, std=data.std, device=device)
-        return correct / images
-
-    least = accuracy(masked(0.0)) - drop
-    low, high = 0, len(thresholds)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if accuracy(masked(thresholds[middle])) >= least:
-            low = middle
-        else:
-            high = middle
-    return masked(thresholds[low])

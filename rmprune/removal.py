@@ -59,7 +59,7 @@ def prune(net: PlainNet, threshold: float | None = None) -> PlainNet:
             "this net has blocks with additions; prune the plain net that it was lowered from"
         )
     result = copy.deepcopy(net).eval()
-    joints = _joints(result)
+    joints = joints_of(result)
     with torch.no_grad():
         if threshold is not None:
             _switch_off(joints, threshold)
@@ -80,20 +80,22 @@ def prune(net: PlainNet, threshold: float | None = None) -> PlainNet:
 
 
 @dataclass(frozen=True)
-class _Joint:
+class Joint:
     """A convolution, the layers of single channels behind it, and the layer that reads them.
 
     Attributes:
         name: Of the convolution.
         producer: The convolution.
         between: Activations, BNs, depthwise convolutions and the like, by name.
-        consumer: The layer that reads what they give.
+        consumer_name: Of the layer that reads what they give.
+        consumer: That layer.
         consumer_bn: The BN directly behind it.
     """
 
     name: str
     producer: nn.Conv2d
     between: Mapping[str, nn.Module]
+    consumer_name: str
     consumer: nn.Conv2d | nn.Linear
     consumer_bn: nn.BatchNorm2d | None
 
@@ -199,7 +201,7 @@ class _Joint:
             tp.prune_linear_in_channels(self.consumer, inputs)
 
 
-def _joints(net: PlainNet) -> list[_Joint]:
+def joints_of(net: PlainNet) -> list[Joint]:
     """All places where channels can be removed: between two ungrouped layers."""
     children = list(net.named_children())
     weighted = [
@@ -218,7 +220,8 @@ def _joints(net: PlainNet) -> list[_Joint]:
             continue
         assert isinstance(consumer, nn.Conv2d | nn.Linear)
         bn = follower if isinstance(follower, nn.BatchNorm2d) else None
-        joints.append(_Joint(name, producer, dict(children[here + 1 : there]), consumer, bn))
+        between = dict(children[here + 1 : there])
+        joints.append(Joint(name, producer, between, children[there][0], consumer, bn))
     return joints
 
 
@@ -227,7 +230,7 @@ def _pads(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.padding not in ((0, 0), "valid")
 
 
-def _switch_off(joints: list[_Joint], threshold: float) -> None:
+def _switch_off(joints: list[Joint], threshold: float) -> None:
     if not 0 <= threshold < math.inf:
         raise UsageError(f"the threshold must be finite and not negative, but it is {threshold}")
     for name, bn in (item for joint in joints for item in joint.bns.items()):
@@ -239,7 +242,7 @@ def _switch_off(joints: list[_Joint], threshold: float) -> None:
         bn.weight[bn.weight.abs() < threshold] = 0
 
 
-def _keep_one(joint: _Joint, alive: Tensor) -> None:
+def _keep_one(joint: Joint, alive: Tensor) -> None:
     """Let the channel with the largest scale (without BN, the first) stay if all are dead."""
     if alive.any():
         return
@@ -254,7 +257,7 @@ def _keep_one(joint: _Joint, alive: Tensor) -> None:
 
 
 def _new_widths(
-    widths: dict[str, Width], joints: list[_Joint], alive: list[Tensor]
+    widths: dict[str, Width], joints: list[Joint], alive: list[Tensor]
 ) -> dict[str, Width]:
     """How many own and reserved channels are left in each layer."""
     result: dict[str, Width] = {}

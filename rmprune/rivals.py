@@ -16,6 +16,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, fx, nn
 
+from rmprune.blocks import has_slim_form
 from rmprune.errors import PruningError
 from rmprune.graph import PadChannels, Subsample, parse, trace
 from rmprune.norms import fold_shortcut
@@ -31,10 +32,11 @@ def with_convolved_shortcuts(model: nn.Module) -> fx.GraphModule:
     network its linear layer is too narrow. The convolutions' weights are learnable.
 
     Args:
-        model: A residual network, in evaluation mode; left as it is.
+        model: In evaluation mode; left as it is.
     """
     traced = trace(model).eval()
-    for number, block in enumerate(parse(traced).blocks):
+    blocks = parse(traced).blocks if has_slim_form(traced) else ()
+    for number, block in enumerate(blocks):
         modules = [layer.module for layer in block.shortcut]
         if not any(isinstance(module, PadChannels | Subsample) for module in modules):
             continue

@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from rmprune.blocks import has_slim_form
 from rmprune.checkpoints import (
     Checkpoint,
     SlimConfig,
@@ -33,6 +34,7 @@ from rmprune.checkpoints import (
     pick_device,
     trained_model,
 )
+from rmprune.convert import convert
 from rmprune.data import Dataset, hold_out
 from rmprune.logs import as_table, opened
 from rmprune.lowering import Choose, likeliest
@@ -42,7 +44,7 @@ from rmprune.progress import Track, no_progress
 from rmprune.pruning import channel_weights, prune
 from rmprune.reports import compare, environment
 from rmprune.rewrite import calibrate_bn, collapse
-from rmprune.slimming import Penalty, add_shortcut_bn, scale_parameters, scales_of
+from rmprune.slimming import Penalty, scale_parameters, scales_of, slimmable
 from rmprune.store import load, save, write_csv, write_json
 from rmprune.targets import Target
 from rmprune.training import EpochResult, Pull, TrainingConfig, fit
@@ -63,8 +65,11 @@ def train(
             return Checkpoint.load(path)
         torch.manual_seed(config.seed)
         model = trained_model(config, len(data.classes)).to(device)
-        slim = add_shortcut_bn(model, calibration_batches(data, device)).cpu()
-        return Checkpoint("sparse", config, Task.of(data), slim.state_dict())
+        task = Task.of(data)
+        if not has_slim_form(model):  # what cannot be pruned shall be refused before training
+            convert(model.eval(), task.example_input(device))
+        slim = slimmable(model, calibration_batches(data, device)).cpu()
+        return Checkpoint("sparse", config, task, slim.state_dict())
 
     checkpoint = agreed(begin)
     slim = checkpoint.build(device)
@@ -178,7 +183,9 @@ def report(
     models = {
         "residual, untrained" if config.weights is None else "residual, as given": original,
         "residual, after sparsity training": sparse.build(),
-        "residual, fine-tuned under masks": finetuned.build(),
+        "plain, fine-tuned"
+        if finetuned.layers
+        else "residual, fine-tuned under masks": finetuned.build(),
         "plain, pruned" if net.is_plain else "pruned": net,
     }
     example = finetuned.task.example_input()

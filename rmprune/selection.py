@@ -24,8 +24,9 @@ class Masks:
     """Channels to keep.
 
     Attributes:
-        keep: Path of a BN to its mask, ``(channels,)`` of bool: True where it stays.
-        forced: BNs of which one channel was kept though all lie under the threshold.
+        keep: Path of a BN, of a plain net name of a convolution, to its mask, ``(channels,)``
+            of bool: True where a channel stays.
+        forced: Those of which one channel was kept though all lie under the threshold.
     """
 
     keep: Mapping[str, Tensor]
@@ -207,11 +208,7 @@ class _Selection:
             among: Where channels may come back; everywhere if None.
         """
         missing = -(int(mask.sum()) + besides) % self.round_to
-        free = ~mask if among is None else ~mask & among
-        if missing == 0 or missing > int(free.sum()):
-            return mask
-        back = _scale(layer).cpu().masked_fill(~free, -1).topk(missing).indices
-        return mask.index_fill(0, back, True)
+        return with_more(mask, _scale(layer), missing, among)
 
     def _at_least_one(self, layer: Layer, mask: Tensor) -> Tensor:
         if mask.any():
@@ -220,6 +217,22 @@ class _Selection:
         only = torch.zeros_like(mask)
         only[_scale(layer).argmax()] = True
         return only
+
+
+def with_more(mask: Tensor, scale: Tensor, missing: int, among: Tensor | None = None) -> Tensor:
+    """A mask with the largest scales back that it switches off, if there are so many.
+
+    Args:
+        mask: ``(channels,)`` of bool.
+        scale: ``(channels,)``.
+        missing: How many come back.
+        among: Where they may; everywhere if None.
+    """
+    free = ~mask if among is None else ~mask & among
+    if missing == 0 or missing > int(free.sum()):
+        return mask
+    back = scale.cpu().masked_fill(~free, -1).topk(missing).indices
+    return mask.index_fill(0, back, True)
 
 
 def _scale(layer: Layer) -> Tensor:

@@ -7,12 +7,14 @@ reserves have scales of their own.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor, fx, nn
 
+from rmprune.blocks import has_slim_form
 from rmprune.graph import Block, parse, trace
 from rmprune.norms import Moments
 
@@ -51,6 +53,17 @@ def add_shortcut_bn(model: nn.Module, calibration_batches: Iterable[Tensor] = ()
     for name, block in blocks.items():
         slim.set_submodule(name, moments[name].identity_bn().to(_kernel(block)))
     return slim
+
+
+def slimmable(model: nn.Module, calibration_batches: Iterable[Tensor] = ()) -> nn.Module:
+    """What is trained for sparsity: the slimmable model, see `add_shortcut_bn`.
+
+    Of a network that is no chain of residual blocks it is a copy of the network as it is, in
+    evaluation mode: its own BNs have the scales.
+    """
+    if has_slim_form(model):
+        return add_shortcut_bn(model, calibration_batches)
+    return copy.deepcopy(model).eval()
 
 
 def _kernel(block: Block) -> Tensor:

@@ -186,6 +186,29 @@ def load(path: Path | str) -> PlainNet:
     return net.eval()
 
 
+def layers_of(net: nn.Sequential) -> str:
+    """A net without its weights, as JSON: what `built` makes a net of.
+
+    Raises:
+        StoreError: `built` could not.
+    """
+    text = _to_json(_describe(net))
+    _build(json.loads(text))
+    return text
+
+
+def built(layers: str, state: Mapping[str, Tensor]) -> PlainNet:
+    """The net that `layers_of` described, with copies of its weights, in evaluation mode.
+
+    Raises:
+        StoreError: They do not fit.
+    """
+    net = _build(_from_json(layers))
+    _check_fit(net, dict(state))
+    net.to_empty(device="cpu").load_state_dict(state)
+    return net.eval()
+
+
 def save_tensors(state: Mapping[str, Tensor], path: Path | str) -> None:
     """Write a state dict to a ``.safetensors`` file, for `load_tensors`.
 

@@ -25,6 +25,7 @@ from torch import nn
 
 from rmprune import pruning, runs
 from rmprune.backends import Backend, Platform, time_deployed
+from rmprune.budgets import deployed_ratio
 from rmprune.checkpoints import Checkpoint, SlimConfig, Task, deploy, pick_device, trained_model
 from rmprune.data import Dataset
 from rmprune.errors import UsageError
@@ -389,7 +390,7 @@ def _pruned_rival(
         target = Target.parse(config.target)
         if target.kind == "accuracy-drop":
             raise UsageError("Torch-Pruning's pruners are compared by thresholds and costs only")
-        return pruning.deployed_ratio(target.kind, trained, smaller) <= target.value
+        return deployed_ratio(target.kind, trained, smaller) <= target.value
 
     smaller = prune_until(model, example, rival, enough, config.round_to).to(device)
     start = Checkpoint(f"{rival} pruned", config, trained.task, smaller.state_dict())

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from rmprune import pruning, reports, runs
+from rmprune.budgets import deployed_ratio
 from rmprune.checkpoints import Checkpoint, SlimConfig, task_of
 from rmprune.cli.group import main
 from rmprune.cli.opening import begin, check_same, load_images
@@ -108,7 +109,7 @@ def prune(run: Path, out: Path | None, **settings: Any) -> None:
     say_size(load(out / "pruned.safetensors"), out / "pruned.safetensors")
     kind = "" if config.target is None else Target.parse(config.target).kind
     if kind in TOLERANCE:
-        ratio = pruning.deployed_ratio(kind, masked, load(out / "pruned.safetensors"))
+        ratio = deployed_ratio(kind, masked, load(out / "pruned.safetensors"))
         click.echo(f"{kind}: {ratio:.3f} of the original {config.model}'s")
 
 

@@ -1,0 +1,99 @@
+"""What a target is measured by: a net's cost beside its original's, and accuracy kept back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from torch import nn
+
+from rmprune.backends import time_deployed
+from rmprune.checkpoints import Checkpoint, SlimConfig, Task, pick_device
+from rmprune.costs import Cost, LayerCosts, counted, latency_table, measured, sites
+from rmprune.data import Dataset, hold_out
+from rmprune.errors import UsageError
+from rmprune.measure import count_macs, count_params, evaluate
+from rmprune.models import create_model
+from rmprune.store import write_csv
+
+
+def layer_costs(
+    cost: Cost, network: Callable[[], nn.Module], task: Task, config: SlimConfig, folder: Path
+) -> LayerCosts:
+    """What a channel more costs each layer; a latency table is measured once, in the folder.
+
+    Args:
+        cost: In which unit.
+        network: Makes the network whose layers are timed.
+        task: For the size of its input.
+        config: Where it shall run.
+        folder: Of the table.
+    """
+    if cost != "latency":
+        return counted(cost)
+    settings = (config.backend, config.threads, config.latency_batch, config.round_to)
+    path = folder / f"latency-{'-'.join(map(str, settings))}.csv"
+    if not path.exists():
+        layers = sites(network(), task.example_input())
+        write_csv(latency_table(layers, config.platform, config.round_to), path)
+    return measured(pd.read_csv(path))
+
+
+def deployed_ratio(kind: str, checkpoint: Checkpoint, net: nn.Module) -> float:
+    """What a net costs, as a share of the cost of the original model of its run."""
+    config, example = checkpoint.config, checkpoint.task.example_input()
+    original = create_model(config.model, num_classes=len(checkpoint.task.classes)).eval()
+    if kind == "params":
+        return count_params(net) / count_params(original)
+    if kind == "macs":
+        return count_macs(net, example) / count_macs(original, example)
+    timings = time_deployed(
+        {"original": original, "net": net}, example, config.platform, rounds=9, warn=False
+    )
+    return timings["net"].median_ms / timings["original"].median_ms
+
+
+def smallest_within_drop(
+    drop: float,
+    masked: Callable[[float], Checkpoint],
+    settled: Callable[[Checkpoint], Checkpoint],
+    thresholds: list[float],
+    config: SlimConfig,
+    data: Dataset,
+) -> Checkpoint:
+    """Raise the threshold as long as the masked model loses no more on held-out images.
+
+    Args:
+        drop: Of the share of images that are classified right.
+        masked: The model with the channels under a threshold gone.
+        settled: The same, ready to be evaluated.
+        thresholds: Ascending, from 0 on.
+        config: With the share that was held out.
+        data: Whose held-out images count.
+
+    Raises:
+        UsageError: None were held out.
+    """
+    if config.holdout == 0:
+        raise UsageError(
+            "a target of accuracy needs training images that no training has seen: "
+            "train with --holdout 0.1, say"
+        )
+    _, held_out = hold_out(data, config.holdout)
+    device = pick_device(config.device)
+
+    def accuracy(checkpoint: Checkpoint) -> float:
+        model = settled(checkpoint).build(device)
+        correct, images = evaluate(model, held_out, mean=data.mean, std=data.std, device=device)
+        return correct / images
+
+    least = accuracy(masked(0.0)) - drop
+    low, high = 0, len(thresholds)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if accuracy(masked(thresholds[middle])) >= least:
+            low = middle
+        else:
+            high = middle
+    return masked(thresholds[low])
