@@ -33,6 +33,7 @@ ROADS = {
     "resnet20": ("ResNet by RM", GREY, "*"),
     "repvgg20": ("RepVGG", SKY, "s"),
     "repvgg20_rm0.5": ("RepVGG with RM", BLUE, "o"),
+    "rmnext20x3_8_thin": ("RMNeXt", "#F0E442", "X"),
     "orepa_resnet20": ("OREPA-ResNet by RM", VERMILION, "v"),
     "dbb_resnet20": ("DBB-ResNet by RM", ORANGE, "^"),
     "rgsnet26_base_quarter": ("RGSNet by RM", PURPLE, "D"),

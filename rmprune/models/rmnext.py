@@ -17,7 +17,9 @@ from rmprune.errors import UsageError
 from rmprune.models.repvgg import RepBlock
 
 WIDTHS = (64, 128, 256, 512)
+THIN = (16, 32, 64)  # of the ResNets for CIFAR, with three stages
 DEPTHS = {
+    20: (2, 2, 2),
     26: (2, 2, 2, 2),
     41: (2, 3, 5, 3),
     50: (3, 4, 6, 3),
@@ -66,9 +68,10 @@ class RMNeXtBlock(nn.Module):
 
 
 class RMNeXt(nn.Module):
-    """A stem of RepVGG blocks, four stages, global average pooling, one linear layer.
+    """A stem of RepVGG blocks, stages, global average pooling, one linear layer.
 
     Args:
+        widths: Of each stage.
         depths: Blocks of each stage; every stage but the first begins with stride 2.
         expansion: T: inner channels of the plain form, over the outer ones.
         group_width: Channels of a group in the first stage; doubled from stage to stage.
@@ -81,6 +84,7 @@ class RMNeXt(nn.Module):
 
     def __init__(
         self,
+        widths: Sequence[int],
         depths: Sequence[int],
         expansion: int,
         group_width: int,
@@ -88,16 +92,16 @@ class RMNeXt(nn.Module):
         cifar: bool = False,
     ) -> None:
         super().__init__()
-        if expansion < 2 or group_width < 1 or WIDTHS[0] % group_width:
+        width = widths[0]
+        if expansion < 2 or group_width < 1 or width % group_width:
             raise UsageError(
-                f"RMNeXt needs T of at least 2 and groups that divide {WIDTHS[0]} channels, "
+                f"RMNeXt needs T of at least 2 and groups that divide {width} channels, "
                 f"not T = {expansion} and {group_width} channels a group"
             )
-        width = WIDTHS[0]
         stem = [RepBlock(3, width)] if cifar else [RepBlock(3, width, 2), RepBlock(width, width, 2)]
         blocks: list[nn.Module] = []
         n_in = width
-        for stage, (out, depth) in enumerate(zip(WIDTHS, depths, strict=True)):
+        for stage, (out, depth) in enumerate(zip(widths, depths, strict=True)):
             for place in range(depth):
                 stride = 2 if place == 0 and stage > 0 else 1
                 inner = (expansion - 1) * out
@@ -117,13 +121,21 @@ class RMNeXt(nn.Module):
 
 def model_names() -> list[str]:
     """The published ones, for ImageNet and CIFAR; others of the same form can be built, too."""
-    return [f"rmnext{name}{form}" for name in PUBLISHED for form in ("", "_cifar")]
+    published = [f"rmnext{name}{form}" for name in PUBLISHED for form in ("", "_cifar")]
+    return [*published, "rmnext20x3_8_thin"]
 
 
 def builder_of(name: str) -> Callable[[int], RMNeXt] | None:
-    """What builds ``rmnextLAYERSxT_GROUPWIDTH``, with ``_cifar`` for small images, or None."""
-    match = re.fullmatch(r"rmnext(\d+)x(\d+)_(\d+)(_cifar)?", name)
+    """What builds ``rmnextLAYERSxT_GROUPWIDTH``, or None.
+
+    With ``_cifar`` for small images; with ``_thin`` for small images and of three stages of 16, 32
+    and 64 channels, as ResNet-20 has them.
+    """
+    match = re.fullmatch(r"rmnext(\d+)x(\d+)_(\d+)(_cifar|_thin)?", name)
     if match is None or int(match[1]) not in DEPTHS:
         return None
-    depths = DEPTHS[int(match[1])]
-    return partial(RMNeXt, depths, int(match[2]), int(match[3]), cifar=match[4] is not None)
+    depths, widths = DEPTHS[int(match[1])], THIN if match[4] == "_thin" else WIDTHS
+    if len(depths) != len(widths):
+        return None
+    numbers = int(match[2]), int(match[3])
+    return partial(RMNeXt, widths, depths, *numbers, cifar=match[4] is not None)

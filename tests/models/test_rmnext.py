@@ -9,7 +9,7 @@ from rmprune.convert import convert
 from rmprune.errors import UsageError
 from rmprune.measure import count_macs, count_params
 from rmprune.models import create_model, model_names
-from rmprune.models.rmnext import RMNeXt
+from rmprune.models.rmnext import WIDTHS, RMNeXt
 
 # Plain form: parameters in millions and GMACs at 224×224 (RMNet, Table 4).
 PLAIN = {
@@ -64,7 +64,7 @@ def test_conversion_gives_the_plain_form(name):
 
 
 def test_conversion_is_exact():
-    model = scramble(RMNeXt((1, 2, 1, 1), 3, 16, 5, cifar=True)).double().eval()
+    model = scramble(RMNeXt(WIDTHS, (1, 2, 1, 1), 3, 16, 5, cifar=True)).double().eval()
     x = torch.randn(2, 3, 21, 16).double()
     with torch.no_grad():
         expected = model(x)
