@@ -1,4 +1,4 @@
-"""Residual networks by name."""
+"""Networks by name."""
 
 from rmprune.models.cifar_resnet import ResNet
 from rmprune.models.registry import create_model, model_names
