@@ -22,6 +22,7 @@ from torch.fx.proxy import TraceError
 
 from rmprune.c_library import compiled, find_compiler
 from rmprune.c_source import c_source
+from rmprune.composed import squeezed
 from rmprune.errors import UsageError
 from rmprune.extras import extra
 from rmprune.measure import Latency, WideSpreadWarning, latency
@@ -173,7 +174,7 @@ def graph_of(model: Network, batch: Tensor) -> OnnxGraph:
 
 def _folded(model: nn.Module) -> nn.Module:
     """A copy with its BNs folded where torch.fx can follow the network; else as it is."""
-    model = copy.deepcopy(model).eval()
+    model = squeezed(copy.deepcopy(model)).eval()
     try:
         return fuse(model)
     except (TraceError, TypeError, RuntimeError):  # of control flow that depends on the input

@@ -68,3 +68,21 @@ class ComposedConv2d(nn.Module):
         """What is shown between the brackets."""
         options = f"stride={self.stride}, padding={self.padding}, groups={self.groups}"
         return f"{self.in_channels}, {self.out_channels}, {options}"
+
+
+def squeezed(model: nn.Module) -> nn.Module:
+    """A model as it is deployed: a copy whose blocks are the convolutions that they give.
+
+    It is the model itself if there is no such block in it.
+    """
+    if not any(isinstance(module, ComposedConv2d) for module in model.modules()):
+        return model
+    return _squeeze(copy.deepcopy(model))
+
+
+def _squeeze(module: nn.Module) -> nn.Module:
+    if isinstance(module, ComposedConv2d):
+        return module.as_conv()
+    for name, child in module.named_children():
+        setattr(module, name, _squeeze(child))
+    return module

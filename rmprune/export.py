@@ -25,6 +25,7 @@ from rmprune.batches import eval_batches
 from rmprune.bench import bench
 from rmprune.c_library import Run, compiled, find_compiler
 from rmprune.c_source import CSource, c_source
+from rmprune.composed import squeezed
 from rmprune.data import Dataset, Split, calibration_images
 from rmprune.equalization import absorb_offsets, equalize
 from rmprune.errors import ExportError, UsageError
@@ -137,7 +138,7 @@ class Delivery:
 def deployable(net: nn.Module, raw: RawImages | None = None) -> nn.Module:
     """A network as it is exported: on the CPU, its BNs folded, and with its preprocessing."""
     net = copy.deepcopy(net).cpu().eval()
-    net = fold_bn(net) if isinstance(net, PlainNet) else fuse(net)
+    net = fold_bn(net) if isinstance(net, PlainNet) else fuse(squeezed(net))
     return net if raw is None else nn.Sequential(raw, net).eval()
 
 

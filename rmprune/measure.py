@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rmprune.batches import eval_batches
+from rmprune.composed import squeezed
 from rmprune.data import Dataset, Split
 from rmprune.errors import UsageError
 from rmprune.progress import Track, no_progress
@@ -108,7 +109,8 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
     """Multiply-accumulates of one image: half of what ``torch.utils.flop_counter`` counts.
 
     Convolutions and matrix products are counted, with taps that fall on padding. Biases, BN,
-    activations, pooling and additions are not.
+    activations, pooling and additions are not. A kernel that is composed of others counts as it
+    is deployed, composed once.
 
     Args:
         model: Any network, on the input's device and of its dtype.
@@ -117,7 +119,7 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
     Raises:
         UsageError: The input holds no image.
     """
-    images = _batch_size(example_input)
+    images, model = _batch_size(example_input), squeezed(model)
     with eval_mode(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(example_input)
     return int(counter.get_total_flops()) // (2 * images)

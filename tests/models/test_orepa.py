@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from strategies import scramble
 from torch import nn
 
+from rmprune.composed import squeezed
 from rmprune.convert import convert
 from rmprune.errors import ConversionError
+from rmprune.export import deployable
+from rmprune.measure import count_macs
 from rmprune.models import create_model
 from rmprune.models.dbb import dbb_unit
 from rmprune.models.kernels import composed, frequency_prior
@@ -224,6 +227,21 @@ def test_a_plain_net_of_orepa_is_that_of_the_same_resnet():
     nets = [convert(scramble(create_model(n)).eval(), x) for n in ("orepa_resnet20", "resnet20")]
     shapes = [[tuple(p.shape) for p in net.parameters()] for net in nets]
     assert shapes[0] == shapes[1]
+
+
+def test_blocks_are_measured_and_exported_as_they_are_deployed():
+    """Composing a kernel costs nothing for an image, and BNs fold into what it gives."""
+    x = torch.randn(2, 3, 13, 10)
+    model, usual = (scramble(create_model(n)).eval() for n in ("orepa_resnet20", "resnet20"))
+    assert count_macs(model, x) == count_macs(usual, x)
+    single = squeezed(model)
+    torch.testing.assert_close(single(x), model(x), rtol=1e-4, atol=1e-4)
+    assert any(isinstance(m, OREPA) for m in model.modules())
+    assert not any(isinstance(m, OREPA) for m in single.modules())
+    assert squeezed(usual) is usual
+    deployed = deployable(model)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in deployed.modules())
+    torch.testing.assert_close(deployed(x), model(x), rtol=1e-3, atol=1e-3)
 
 
 def test_vgg_converts():
