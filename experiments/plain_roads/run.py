@@ -57,8 +57,9 @@ def train(name: str, config: TrainingConfig, data: Dataset, out: Path) -> dict[s
     model.cpu()
     example = Task.of(data).example_input()
     plain = convert(model, example, keep_bn=False)
-    save(plain, out / f"{name}.safetensors")
-    correct, images = evaluate(plain, data.test, mean=data.mean, std=data.std)
+    save(plain, out / "nets" / f"{name}.safetensors")
+    cpu = torch.device("cpu")
+    correct, images = evaluate(plain, data.test, mean=data.mean, std=data.std, device=cpu)
     return {
         "model": name,
         "accuracy": correct / images,
@@ -75,7 +76,7 @@ def train(name: str, config: TrainingConfig, data: Dataset, out: Path) -> dict[s
 def timed(table: pd.DataFrame, data: Dataset, platform: Platform, out: Path) -> pd.DataFrame:
     """The table with the latencies of all nets, in turn, beside those of the residual network."""
     example = Task.of(data).example_input()
-    nets = {name: load(out / f"{name}.safetensors") for name in table["model"]}
+    nets = {name: load(out / "nets" / f"{name}.safetensors") for name in table["model"]}
     timings = time_deployed(nets, example, platform)
     return table.assign(
         latency_ms=[timings[name].median_ms for name in table["model"]],
@@ -125,7 +126,7 @@ def main(
     data = load_data(spec, image_size=32)
     config = TrainingConfig(epochs, lr=lr, batch_size=batch_size, seed=seed, compile="off")
     platform = Platform(backend)
-    out.mkdir(parents=True, exist_ok=True)
+    (out / "nets").mkdir(parents=True, exist_ok=True)
     path = out / "results.csv"
     rows = pd.read_csv(path).to_dict("records") if path.exists() else []
     settings = {"data": spec, "epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed}
