@@ -39,10 +39,10 @@ ROADS = {
     "rgsnet26_base_quarter": ("RGSNet by RM", PURPLE, "D"),
     "pnnh_resnet20": ("PNNH", GREEN, "P"),
 }
-PANELS = {
-    "params": "parameters of the plain net",
-    "latency_ms": "latency of the plain net, ms",
-    "images_per_s": "images per second in training",
+PANELS = {  # columns: label, and by what the values are divided
+    "params": ("parameters of the plain net, millions", 1e6),
+    "latency_ms": ("latency of the plain net, ms", 1),
+    "images_per_s": ("images per second in training", 1),
 }
 
 
@@ -89,12 +89,11 @@ def draw(table: pd.DataFrame) -> Figure:
     """Accuracy against what a road costs, a panel each."""
     figure = Figure(figsize=(10.5, 3.6), layout="constrained")
     panels = figure.subplots(1, len(PANELS), sharey=True)
-    for axes, (column, label) in zip(panels, PANELS.items(), strict=True):
+    for axes, (column, (label, unit)) in zip(panels, PANELS.items(), strict=True):
         for row in table.to_dict("records"):
             name, colour, marker = ROADS.get(row["model"], (row["model"], "black", "x"))
-            axes.plot(
-                row[column], 100 * row["accuracy"], marker, color=colour, markersize=8, label=name
-            )
+            x, y = row[column] / unit, 100 * row["accuracy"]
+            axes.plot(x, y, marker, color=colour, markersize=8, label=name)
         axes.set_xlabel(label)
         axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
