@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 from torch import Tensor, fx, nn
 
-from rmprune.backends import time_deployed
+from rmprune.backends import deploy as deploy_on
+from rmprune.backends import repeated, time_deployed
 from rmprune.blocks import inner_bns
 from rmprune.checkpoints import (
     Checkpoint,
@@ -202,7 +203,8 @@ def _masked_within(
             config,
             data,
         )
-    return _largest_within_budget(target, masked, thresholds, config, choose)
+    of_original = ratio_to_original(target.kind, replace(checkpoint, config=config))
+    return _largest_within_budget(target, masked, thresholds, config, choose, of_original)
 
 
 def _loss_scores(
@@ -242,11 +244,12 @@ def _largest_within_budget(
     thresholds: list[float],
     config: SlimConfig,
     choose: Choose | None,
+    of_original: Callable[[nn.Module], float],
 ) -> Checkpoint:
     """Search for the threshold; then name the forms chosen, whose cost is another, and again."""
 
     def ratio(checkpoint: Checkpoint) -> float:
-        return deployed_ratio(target.kind, checkpoint, deploy(checkpoint, likeliest))
+        return of_original(deploy(checkpoint, likeliest))
 
     def within(forms: dict[str, Form] | None) -> Checkpoint:
         def search_with(spared: Mapping[str, int]) -> tuple[Checkpoint, Checkpoint | None]:
@@ -295,16 +298,27 @@ def _changed(found: Checkpoint, above: Checkpoint, importance: Importance) -> se
 
 def deployed_ratio(kind: str, checkpoint: Checkpoint, net: nn.Module) -> float:
     """What a net costs, as a share of the cost of the original model of its run."""
+    return ratio_to_original(kind, checkpoint)(net)
+
+
+def ratio_to_original(kind: str, checkpoint: Checkpoint) -> Callable[[nn.Module], float]:
+    """What gives a net's cost as a share of the original model's; that is deployed once."""
     config, example = checkpoint.config, checkpoint.task.example_input()
     original = create_model(config.model, num_classes=len(checkpoint.task.classes)).eval()
     if kind == "params":
-        return count_params(net) / count_params(original)
+        return lambda net: count_params(net) / count_params(original)
     if kind == "macs":
-        return count_macs(net, example) / count_macs(original, example)
-    timings = time_deployed(
-        {"original": original, "net": net}, example, config.platform, rounds=9, warn=False
-    )
-    return timings["net"].median_ms / timings["original"].median_ms
+        return lambda net: count_macs(net, example) / count_macs(original, example)
+    platform = config.platform
+    deployed = deploy_on(original, repeated(example, platform.batch_size), platform)
+
+    def timed(net: nn.Module) -> float:
+        timings = time_deployed(
+            {"original": deployed, "net": net}, example, platform, rounds=9, warn=False
+        )
+        return timings["net"].median_ms / timings["original"].median_ms
+
+    return timed
 
 
 def _smallest_within_drop(
