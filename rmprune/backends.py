@@ -116,6 +116,7 @@ def time_deployed(
 
     Args:
         models: By name, on the example input's device and of its dtype; they stay as they are.
+            One that is timed often can be what `deploy` made of it.
         example_input: ``(N, …)``, of all models or by name; its first image is repeated to
             the batch size.
         platform: What runs them.
@@ -151,10 +152,14 @@ def repeated(example_input: Tensor, batch_size: int) -> Tensor:
 def deploy(model: Network, batch: Tensor, platform: Platform) -> nn.Module:
     """A network in the form that a backend runs, for batches like the given one.
 
+    What is in that form stays as it is.
+
     Raises:
         UsageError: The backend is not installed, or cannot run a network of that kind.
         ExportError: There is no C for some operation.
     """
+    if isinstance(model, _Deployed):
+        return model
     if platform.backend == "torch":
         if isinstance(model, OnnxGraph):
             raise UsageError(
@@ -181,7 +186,11 @@ def _folded(model: nn.Module) -> nn.Module:
         return model
 
 
-class _OnnxRuntime(nn.Module):
+class _Deployed(nn.Module):
+    """A graph that something else than torch runs."""
+
+
+class _OnnxRuntime(_Deployed):
     """A graph that onnxruntime runs on the CPU."""
 
     def __init__(self, graph: OnnxGraph, platform: Platform) -> None:
@@ -200,7 +209,7 @@ class _OnnxRuntime(nn.Module):
         return torch.from_numpy(self._session.run(None, {self._input: x.cpu().numpy()})[0])
 
 
-class _OpenVino(nn.Module):
+class _OpenVino(_Deployed):
     """A graph that OpenVINO runs on the CPU, in the precision that the graph has."""
 
     def __init__(self, graph: OnnxGraph, platform: Platform) -> None:
@@ -222,7 +231,7 @@ class _OpenVino(nn.Module):
         return torch.from_numpy(self._request.get_output_tensor(0).data.copy())
 
 
-class _CLibrary(nn.Module):
+class _CLibrary(_Deployed):
     """A graph in C99, compiled for the CPU of this machine."""
 
     def __init__(self, graph: OnnxGraph, _: Platform) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
-from rmprune.backends import time_deployed
+from rmprune.backends import deploy as deploy_on
+from rmprune.backends import repeated, time_deployed
 from rmprune.checkpoints import Checkpoint, SlimConfig, Task, pick_device
 from rmprune.costs import Cost, LayerCosts, counted, latency_table, measured, sites
 from rmprune.data import Dataset, hold_out
@@ -42,16 +43,27 @@ def layer_costs(
 
 def deployed_ratio(kind: str, checkpoint: Checkpoint, net: nn.Module) -> float:
     """What a net costs, as a share of the cost of the original model of its run."""
+    return ratio_to_original(kind, checkpoint)(net)
+
+
+def ratio_to_original(kind: str, checkpoint: Checkpoint) -> Callable[[nn.Module], float]:
+    """What gives a net's cost as a share of the original model's; that is deployed once."""
     config, example = checkpoint.config, checkpoint.task.example_input()
     original = create_model(config.model, num_classes=len(checkpoint.task.classes)).eval()
     if kind == "params":
-        return count_params(net) / count_params(original)
+        return lambda net: count_params(net) / count_params(original)
     if kind == "macs":
-        return count_macs(net, example) / count_macs(original, example)
-    timings = time_deployed(
-        {"original": original, "net": net}, example, config.platform, rounds=9, warn=False
-    )
-    return timings["net"].median_ms / timings["original"].median_ms
+        return lambda net: count_macs(net, example) / count_macs(original, example)
+    platform = config.platform
+    deployed = deploy_on(original, repeated(example, platform.batch_size), platform)
+
+    def timed(net: nn.Module) -> float:
+        timings = time_deployed(
+            {"original": deployed, "net": net}, example, platform, rounds=9, warn=False
+        )
+        return timings["net"].median_ms / timings["original"].median_ms
+
+    return timed
 
 
 def smallest_within_drop(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +29,7 @@ from rmprune.c_source import CSource, c_source
 from rmprune.composed import squeezed
 from rmprune.data import Dataset, Split, calibration_images
 from rmprune.equalization import absorb_offsets, equalize
-from rmprune.errors import ExportError, UsageError
+from rmprune.errors import ExportError, StoreError, UsageError
 from rmprune.extras import extra
 from rmprune.onnx_graph import OnnxGraph, to_onnx
 from rmprune.plain import PlainNet
@@ -182,6 +183,7 @@ def export(
         plain = absorb_offsets(fold_bn(copy.deepcopy(net).cpu().eval()), normalised)
         net = equalize(plain, normalised)
     network = deployable(net, raw)
+    path.parent.mkdir(parents=True, exist_ok=True)
     notes = {"written by": f"rmprune {version('rmprune')}", **(info or {})}
     if form == "pt2":
         return _export_pt2(network, path, example_input, dynamic_batch, notes)
@@ -200,7 +202,6 @@ def _export_onnx(graph: Any, path: Path, notes: dict[str, Any]) -> Exported:
             key=key, value=value if isinstance(value, str) else json.dumps(value)
         )
     onnx.checker.check_model(graph, full_check=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save(graph, path)
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
@@ -220,7 +221,6 @@ def _export_pt2(
 ) -> Exported:
     shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic else None
     program = torch.export.export(network, (example,), dynamic_shapes=shapes)
-    path.parent.mkdir(parents=True, exist_ok=True)
     files = {f"{key}.json": json.dumps(value) for key, value in notes.items()}
     torch.export.save(program, path, extra_files=files)
     loaded = torch.export.load(path).module()
@@ -238,7 +238,6 @@ def _export_c(graph: Any, path: Path, notes: dict[str, Any]) -> Exported:
     about = [f"{key}: {value}" for key, value in notes.items()]
     written = c_source(graph, path.stem, about)
     source = path.with_suffix(".c")
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".h").write_text(written.header, encoding="utf-8")
     source.write_text(written.source, encoding="utf-8")
     run = None if find_compiler() is None else compiled(written, path.stem)
@@ -274,6 +273,7 @@ def deliver(
 
     Raises:
         ExportError: The outputs differ, or as `export` does.
+        StoreError: Nothing can be written there.
         UsageError: There are too few images for a batch, or as `export` does.
     """
     raw = RawImages(data.mean, data.std) if embed_preprocessing else None
@@ -283,12 +283,11 @@ def deliver(
     chosen = _whole_batches(calibration_images(data, calibration), calibration, size)
     batches = list(torch.split(fed_images(chosen, data, raw), size)) if int8 else None
     info = {"classes": data.classes, "mean": data.mean, "std": data.std, "data": data.name}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
+    with _folder_beside(path) as folder:
         done = export(
             net,
             form,
-            Path(folder) / path.name,
+            folder / path.name,
             fed[:size].clone(),  # or all images would be saved in it
             raw=raw,
             calibration=batches,
@@ -307,6 +306,20 @@ def deliver(
         paths = tuple(file.replace(path.parent / file.name) for file in done.paths)
     timings = _int8_timings(done, form, fed[:1], size) if int8 else None
     return Delivery(paths, done.c, agreement, timings)
+
+
+@contextmanager
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """A folder for a while, from which files are moved to a path at once."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent)
+    except OSError as error:
+        raise StoreError(
+            f"cannot write {path}: {error.strerror or error}; name another place"
+        ) from error
+    with folder as name:
+        yield Path(name)
 
 
 def _whole_batches(split: Split, count: int, size: int) -> Split:

@@ -7,11 +7,12 @@ of layers, whose weights are all free from then on.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from rmprune.budgets import deployed_ratio, layer_costs, smallest_within_drop
+from rmprune.budgets import layer_costs, ratio_to_original, smallest_within_drop
 from rmprune.checkpoints import Checkpoint, SlimConfig, deploy, run_calibration
 from rmprune.convert import convert
 from rmprune.costs import Cost, relative
@@ -79,8 +80,10 @@ def plain_pruned(
             target.value / 100, masked, lambda found: found, thresholds, config, data
         )
 
+    of_original = ratio_to_original(target.kind, replace(checkpoint, config=config))
+
     def ratio(found: Checkpoint) -> float:
-        return deployed_ratio(target.kind, found, deploy(found, likeliest))
+        return of_original(deploy(found, likeliest))
 
     found, _ = search(thresholds, masked, ratio, target.value, TOLERANCE[target.kind])
     return found

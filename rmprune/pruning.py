@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rmprune.blocks import has_slim_form, inner_bns
-from rmprune.budgets import deployed_ratio, layer_costs, smallest_within_drop
+from rmprune.budgets import layer_costs, ratio_to_original, smallest_within_drop
 from rmprune.checkpoints import (
     Checkpoint,
     Scope,
@@ -216,7 +216,8 @@ def _masked_within(
             config,
             data,
         )
-    return _largest_within_budget(target, masked, thresholds, config, choose)
+    of_original = ratio_to_original(target.kind, replace(checkpoint, config=config))
+    return _largest_within_budget(target, masked, thresholds, config, choose, of_original)
 
 
 def _loss_scores(
@@ -256,11 +257,12 @@ def _largest_within_budget(
     thresholds: list[float],
     config: SlimConfig,
     choose: Choose | None,
+    of_original: Callable[[nn.Module], float],
 ) -> Checkpoint:
     """Search for the threshold; then name the forms chosen, whose cost is another, and again."""
 
     def ratio(checkpoint: Checkpoint) -> float:
-        return deployed_ratio(target.kind, checkpoint, deploy(checkpoint, likeliest))
+        return of_original(deploy(checkpoint, likeliest))
 
     def within(forms: dict[str, Form] | None) -> Checkpoint:
         def search_with(spared: Mapping[str, int]) -> tuple[Checkpoint, Checkpoint | None]:

@@ -40,6 +40,15 @@ def test_a_deployed_net_computes_the_same(model, backend):
 
 
 @every_backend
+def test_what_is_deployed_stays_so(model, backend):
+    x, platform = torch.randn(1, 3, 8, 8), Platform(backend)
+    once = deploy(model, x, platform)
+    again = deploy(once, x, platform)
+    assert (again is once) == (backend != "torch")
+    torch.testing.assert_close(again(x), once(x))
+
+
+@every_backend
 def test_timing(model, backend):
     models = {"a": model, "b": nn.Sequential(nn.Conv2d(3, 4, 1))}
     platform = Platform(backend, batch_size=4)

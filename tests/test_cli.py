@@ -200,6 +200,7 @@ def test_export(run, image_folder, tmp_path):
         assert (tmp_path / "net.c").exists()
     fail(1, "one image at a time", "export", out, "--format", "c", "--batch-size", 4)
     fail(1, "float32; export int8 to onnx", "export", out, "--format", "pt2", "--quantize", "int8")
+    fail(2, "give --quantize int8, too", "export", out, "--reduce-range")
     fail(2, "trained for the classes", "export", out, "--data", "digits")
     fail(1, "ONNX files can be timed by `rmprune bench`", "export", tmp_path / "int8.onnx")
     for file in image_folder.glob("*/*/*"):

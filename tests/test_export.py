@@ -13,7 +13,7 @@ from test_c_source import run_in_c
 from rmprune.c_source import c_source
 from rmprune.convert import convert
 from rmprune.equalization import equalize
-from rmprune.errors import ExportError, UsageError
+from rmprune.errors import ExportError, StoreError, UsageError
 from rmprune.export import RawImages, deliver, deployable, difference_of, export, fed_images
 from rmprune.lowering import lower
 from rmprune.models import create_model
@@ -149,3 +149,9 @@ def test_what_differs_is_not_delivered(tmp_path, lowered, tiny, monkeypatch):
         deliver(lowered, "pt2", tmp_path / "net.pt2", tiny)
     assert [file.name for file in tmp_path.iterdir()] == ["net.pt2"]
     assert (tmp_path / "net.pt2").read_text() == "the one before"
+
+
+def test_where_nothing_can_be_written(tmp_path, lowered, tiny):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StoreError, match=r"cannot write .*net\.pt2: .*; name another place"):
+        deliver(lowered, "pt2", tmp_path / "file" / "net.pt2", tiny)

@@ -235,6 +235,8 @@ def export(
     every output must be torch's to 1e-4 of the outputs' magnitude; of int8, accuracies and
     times are shown instead.
     """
+    if reduce_range and quantize is None:
+        raise UsageError("--reduce-range is for weights in int8; give --quantize int8, too")
     given = given_settings(settings)
     network, task, config = open_net(net_of(net))
     if task is None and "data" not in given:
