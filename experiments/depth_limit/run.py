@@ -75,6 +75,7 @@ def trained(point: Point, data: Dataset, device: torch.device) -> dict[str, Any]
         accuracy, loss = last.test_accuracy, last.loss
     image = torch.zeros(1, *data.image_shape)
     model.cpu().eval()
+    where = environment()
     return {
         **point.key(),
         "accuracy": accuracy,
@@ -82,7 +83,9 @@ def trained(point: Point, data: Dataset, device: torch.device) -> dict[str, Any]
         "seconds": time.perf_counter() - begin,
         "params": count_params(model),
         "macs": count_macs(model, image),
-        **environment(),
+        **{key: where[key] for key in ("hardware", "gpu")},
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
         "device": str(device),
     }
 
