@@ -1,0 +1,28 @@
+"""Accuracy against removed parameters: all nets of the sweeps here, whatever they were timed on.
+
+    python experiments/figure7/parameters.py
+
+Writes parameters.png beside this file.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+
+from rmprune.plots import draw_sweep
+
+HERE = Path(__file__).parent
+SWEEPS = ("resnet20", "resnet20-params")
+
+
+def main() -> None:
+    tables = [pd.read_csv(HERE / name / "results.csv") for name in SWEEPS]
+    rows = pd.concat(tables, ignore_index=True).drop_duplicates(["net", "hardware"])
+    rows = rows[rows["lowering"] != "plain"]
+    rows = rows.assign(removed_params=1 - rows["params_ratio"])
+    figure = draw_sweep(rows, "removed_params", "ResNet-20, CIFAR-10, one seed")
+    figure.savefig(HERE / "parameters.png", dpi=200)
+
+
+if __name__ == "__main__":
+    main()
