@@ -100,7 +100,7 @@ def pretrain_coders(model: nn.Module, pretext: Pretext = "rectified normal") -> 
     Random numbers come from torch's generator, as those of any initialisation.
 
     Args:
-        model: On the CPU, or on the meta device.
+        model: On the CPU, or on the meta device, where there is nothing to learn.
         pretext: The inputs that the coders learn to restore: ``"normal"``, ``"uniform"`` in
             [0, 1) or ``"rectified normal"`` ones. ``"identity"``: they copy the first channels,
             as many as they have hidden ones, and drop the others. ``"untrained"``: they stay
@@ -112,7 +112,7 @@ def pretrain_coders(model: nn.Module, pretext: Pretext = "rectified normal") -> 
     if pretext not in get_args(Pretext):
         raise UsageError(f"unknown pretext task {pretext!r}; known: {', '.join(get_args(Pretext))}")
     for module in model.modules():
-        if isinstance(module, Coder):
+        if isinstance(module, Coder) and not module.encoder.weight.is_meta:
             if pretext == "none":
                 _fill(module, nn.init.zeros_)
             elif pretext == "identity":
