@@ -12,12 +12,12 @@ import pandas as pd
 from rmprune.plots import draw_sweep
 
 HERE = Path(__file__).parent
-SWEEPS = ("resnet20", "resnet20-params")
+SWEEPS = ("resnet20", "resnet20-quarters")
 
 
 def main() -> None:
     tables = [pd.read_csv(HERE / name / "results.csv") for name in SWEEPS]
-    rows = pd.concat(tables, ignore_index=True).drop_duplicates(["net", "hardware"])
+    rows = pd.concat(tables, ignore_index=True).drop_duplicates(["net", "accuracy"])
     rows = rows[rows["lowering"] != "plain"]
     rows = rows.assign(removed_params=1 - rows["params_ratio"])
     figure = draw_sweep(rows, "removed_params", "ResNet-20, CIFAR-10, one seed")
