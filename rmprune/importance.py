@@ -26,7 +26,7 @@ from rmprune.slimming import scales_of
 from rmprune.training import distillation_loss
 
 Importance = Literal["scale", "loss"]
-SHARE = 0.25  # of a layer's channels go at once
+SHARE = 0.25  # of the channels of a layer or a stream go at once
 TEMPERATURE = 4.0
 LEAST_LEFT = 0.05  # of what a body costs goes with the last of it
 REACH = 2  # blocks that are fitted: more took longer and put blocks in the same order
@@ -59,10 +59,10 @@ def by_loss(
     A greedy search after NetAdapt (Yang et al. 2018, arXiv 1804.03230, section 3): a step
     takes a share of the channels of a block's layer, those with the smallest scales, or of a
     stream, the tensor that the blocks of a stage add to, or all that is left of a block's body.
-    Instead of training between the steps, what is left of the block
-    and the block behind it are fitted to what the whole model computes; see
-    `rmprune.reconstruction`. BNs normalise by the batch. What a step would change is measured
-    again only when it is next to be taken, since it seldom becomes less.
+    Instead of training between the steps, what is left of the blocks that it concerns and the
+    block behind are fitted to what the whole model computes; see `rmprune.reconstruction`. BNs
+    normalise by the batch. What a step would change is measured again only when it is next to be
+    taken, since it seldom becomes less.
 
     Args:
         slim: A slimmable model in evaluation mode; trained, but not for sparsity.

@@ -180,12 +180,13 @@ def report(
     config = sparse.config
     net = load(folder / "net.safetensors")
     original = trained_model(config, len(data.classes)).eval()
+    before, after = "residual", "residual, fine-tuned under masks"
+    if finetuned.layers is not None:  # of a network that is no chain of residual blocks
+        before, after = "training form", "plain, fine-tuned"
     models = {
-        "residual, untrained" if config.weights is None else "residual, as given": original,
-        "residual, after sparsity training": sparse.build(),
-        "plain, fine-tuned"
-        if finetuned.layers
-        else "residual, fine-tuned under masks": finetuned.build(),
+        f"{before}, untrained" if config.weights is None else f"{before}, as given": original,
+        f"{before}, after sparsity training": sparse.build(),
+        after: finetuned.build(),
         "plain, pruned" if net.is_plain else "pruned": net,
     }
     example = finetuned.task.example_input()

@@ -107,12 +107,21 @@ def _conv_bn(n_in: int, n_out: int, kernel_size: int, stride: int = 1) -> nn.Seq
     return nn.Sequential(conv, nn.BatchNorm2d(n_out))
 
 
-BUILDERS: dict[str, Callable[[int], nn.Module]] = {}
-for variant in VARIANTS:
-    BUILDERS[f"rgsnet26_{variant}_quarter"] = partial(rgsnet, DEPTHS[26], variant, width=0.25)
-    for layers, depths in DEPTHS.items():
-        BUILDERS[f"rgsnet{layers}_{variant}"] = partial(rgsnet, depths, variant)
-    for layers in (26, 50):
-        BUILDERS[f"rgsnet{layers}_{variant}_imagenet"] = partial(
+BUILDERS: dict[str, Callable[[int], nn.Module]] = {
+    **{
+        f"rgsnet{layers}_{variant}": partial(rgsnet, depths, variant)
+        for layers, depths in DEPTHS.items()
+        for variant in VARIANTS
+    },
+    **{
+        f"rgsnet{layers}_{variant}_imagenet": partial(
             rgsnet, DEPTHS[layers], variant, imagenet=True
         )
+        for layers in (26, 50)
+        for variant in VARIANTS
+    },
+    **{
+        f"rgsnet26_{variant}_quarter": partial(rgsnet, DEPTHS[26], variant, width=0.25)
+        for variant in VARIANTS
+    },
+}

@@ -119,11 +119,14 @@ def cifar_resnet20(kind: str, num_classes: int) -> nn.Sequential:
     return unit_resnet([unit(3, 16, 3, 1), nn.ReLU()], block, (3, 3, 3), 16, num_classes)
 
 
+KINDS = ("orepa", "dbb")
 BUILDERS: dict[str, Callable[[int], nn.Module]] = {
+    **{f"{kind}_resnet18": partial(cifar_resnet18, kind) for kind in KINDS},
+    **{f"{kind}_resnet20": partial(cifar_resnet20, kind) for kind in KINDS},
+    **{
+        f"{kind}_resnet{layers}_imagenet": partial(imagenet_resnet, kind, layers)
+        for kind in KINDS
+        for layers in DEPTHS
+    },
     "orepa_vgg_a0": partial(orepa_vgg, (1, 2, 4, 14, 1), (48, 48, 96, 192, 1280)),
 }
-for kind in ("orepa", "dbb"):
-    BUILDERS[f"{kind}_resnet18"] = partial(cifar_resnet18, kind)
-    BUILDERS[f"{kind}_resnet20"] = partial(cifar_resnet20, kind)
-    for layers in DEPTHS:
-        BUILDERS[f"{kind}_resnet{layers}_imagenet"] = partial(imagenet_resnet, kind, layers)
