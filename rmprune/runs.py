@@ -85,12 +85,13 @@ def prune_and_finetune(
     data: Dataset,
     track: Track = no_progress,
     kept: Path | None = None,
+    lessons: Path | None = None,
 ) -> Checkpoint:
     """Select, switch off and fine-tune, in ``prune_steps`` steps; save the net.
 
     Each step but the last has a folder of its own, a target on the way (shares of cost fall
     by the same factor each time), and its part of the fine-tuning epochs. For ``kept`` see
-    `rmprune.pruning.prune`.
+    `rmprune.pruning.prune`, for ``lessons`` `fit_kept`.
     """
     steps, latest = config.prune_steps, sparse
     for step in range(1, steps + 1):
@@ -108,7 +109,7 @@ def prune_and_finetune(
         select = partial(
             _pruned, latest, on_the_way, here, data, choose, kept if step == 1 else None
         )
-        latest = finetune(here, agreed(select), on_the_way, data, track)
+        latest = finetune(here, agreed(select), on_the_way, data, track, lessons)
     return latest
 
 
@@ -132,6 +133,7 @@ def finetune(
     config: SlimConfig,
     data: Dataset,
     track: Track = no_progress,
+    lessons: Path | None = None,
 ) -> Checkpoint:
     """Fine-tune under the masks, going on where ``finetuned.pt`` stands; save the net."""
     device = pick_device(config.device)
@@ -139,7 +141,9 @@ def finetune(
     new = replace(masked, stage="finetuned", config=config)
     checkpoint = agreed(lambda: Checkpoint.load(path) if path.exists() else new)
     slim = checkpoint.build(device)
-    checkpoint = fit_kept(slim, checkpoint, config.finetuning(), data, path, device, track)
+    checkpoint = fit_kept(
+        slim, checkpoint, config.finetuning(), data, path, device, track, lessons=lessons
+    )
     if is_first():
         save(deploy(checkpoint), folder / "net.safetensors")
     return checkpoint
@@ -205,8 +209,12 @@ def fit_kept(
     device: torch.device,
     track: Track,
     penalty: Pull | None = None,
+    lessons: Path | None = None,
 ) -> Checkpoint:
-    """Train from a checkpoint on; every epoch replaces the file at ``path``."""
+    """Train from a checkpoint on; every epoch replaces the file at ``path``.
+
+    A teacher's outputs are kept in the folder ``lessons``, see `rmprune.training.fit`.
+    """
     latest = start
     teacher = None
     if start.config.distill:
@@ -248,6 +256,7 @@ def fit_kept(
             config,
             penalty=penalty,
             teacher=teacher,
+            kept=lessons,
             device=device,
             resume_from=resume_from,
             after_epoch=after_epoch,

@@ -2,8 +2,8 @@
 
 A sweep's folder holds ``sweep.json`` (its plans), ``results.csv`` (a row a net, appended when
 its point is finished), ``nets/`` (every net, so that all can be timed in one run),
-``latencies.csv`` (that run), and the trainings. A sweep that is stopped goes on with the
-first point that has no row.
+``latencies.csv`` (that run), the trainings, and what their teachers said (``lessons/``). A sweep
+that is stopped goes on with the first point that has no row.
 """
 
 from __future__ import annotations
@@ -234,7 +234,8 @@ def _work(
         write_bytes(task.sparse, path)
     (level,) = task.levels
     here = sweep.leveled(config, level)
-    rows = _point(method, place, Checkpoint.load(path), here, level, data, track)
+    lessons = folder / "lessons"
+    rows = _point(method, place, Checkpoint.load(path), here, level, data, track, lessons)
     return rows, time.perf_counter() - begin
 
 
@@ -348,17 +349,18 @@ def _point(
     level: str,
     data: Dataset,
     track: Track,
+    lessons: Path,
 ) -> list[_Row]:
     """Prune to a level, fine-tune and measure; a row for each net, and its file."""
     name = name_of(method, config, level)
     here = place / level.replace("=", "-")
     if method not in ("rm", "slimming"):
-        model = _pruned_rival(_rival(method), trained, config, here, data, track)
+        model = _pruned_rival(_rival(method), trained, config, here, data, track, lessons)
         path = here / "net.safetensors"
         save_tensors(model.state_dict(), path)
         row = _measured(model, config, data, "residual", f"{name}.safetensors")
         return [(row, path.read_bytes())]
-    finished = runs.prune_and_finetune(here, trained, config, data, track, kept=place)
+    finished = runs.prune_and_finetune(here, trained, config, data, track, place, lessons)
     found = {config.lowering: load(here / "net.safetensors")}
     if method == "rm" and config.lowering == "auto":
         found["plain"] = deploy(replace(finished, config=replace(config, lowering="plain")))
@@ -378,6 +380,7 @@ def _pruned_rival(
     here: Path,
     data: Dataset,
     track: Track,
+    lessons: Path,
 ) -> nn.Module:
     device = pick_device(config.device)
     example = trained.task.example_input()
@@ -397,7 +400,7 @@ def _pruned_rival(
     path = here / "finetuned.pt"
     if path.exists():
         start = Checkpoint.load(path)
-    runs.fit_kept(smaller, start, config.finetuning(), data, path, device, track)
+    runs.fit_kept(smaller, start, config.finetuning(), data, path, device, track, lessons=lessons)
     return smaller.cpu().eval()
 
 

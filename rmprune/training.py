@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -29,6 +30,7 @@ from rmprune.batches import batch_count, resident, train_batches
 from rmprune.compilation import Compile, begin_step, compiled, is_worth_timing, pays, undone
 from rmprune.data import Dataset
 from rmprune.errors import TrainingError, UsageError
+from rmprune.lessons import Lesson, key, lessons
 from rmprune.measure import evaluate
 from rmprune.progress import Track, no_progress
 from rmprune.sync_bn import synchronized
@@ -89,8 +91,10 @@ class TrainingConfig:
                 raise UsageError(f"{name} must be finite and at least {least}, but it is {value}")
 
 
-# The mean loss of images ``(N, 3, H, W)`` and labels ``(N,)``.
-LossOf = Callable[[Tensor, Tensor], Tensor]
+# The outputs ``(N, classes)`` for images ``(N, 3, H, W)``.
+Teach = Callable[[Tensor], Tensor]
+# The mean loss of a batch.
+LossOf = Callable[[Lesson], Tensor]
 
 
 class Pull(Protocol):
@@ -237,6 +241,7 @@ def fit(
     *,
     penalty: Pull | None = None,
     teacher: nn.Module | None = None,
+    kept: Path | None = None,
     device: torch.device | str = "cpu",
     resume_from: dict[str, Any] | None = None,
     after_epoch: Callable[[EpochResult, dict[str, Any]], None] | None = None,
@@ -251,6 +256,8 @@ def fit(
         config: See `TrainingConfig`.
         penalty: Sparsity's pull on the channel scales.
         teacher: A model whose outputs are to be learned too; it stays as it is.
+        kept: A folder for the teacher's outputs, which trainings of the same data, augmentation,
+            batch size and seed share; of one process only.
         device: Where to train; the model is moved there.
         resume_from: A state that ``after_epoch`` was given by an earlier run with the same
             arguments; training goes on behind that epoch.
@@ -280,10 +287,13 @@ def fit(
     batch = min(config.batch_size, len(data.train.labels))
     if teacher is not None:
         teacher = copy.deepcopy(teacher).eval().to(device).to(memory_format=layout)
-    loss_function = partial(_loss_function, _shared(model, batch), teacher, config, device, dtype)
+    functions = partial(_functions, _shared(model, batch), teacher, config, device, dtype)
     if is_compiled is None:
-        is_compiled = _should_compile(loss_function, model, data, config, device)
-    loss_of = loss_function(is_compiled)
+        is_compiled = _should_compile(functions, model, data, config, device)
+    loss_of, teach = functions(is_compiled)
+    kept_as = None
+    if kept is not None and teacher is not None and processes.count() == 1:
+        kept_as = kept / key(teacher, _of_batches(data, config), device.type)
     results: list[EpochResult] = []
     for epoch in range(first_epoch, config.epochs):
         model.train()
@@ -293,9 +303,9 @@ def fit(
         if results:
             label += f", accuracy {results[-1].test_accuracy:.1%}{note()}"
         meter = _Meter(batch)
-        batches = track(
-            _epoch_batches(data, config, epoch, device, layout), steps, label, meter.status
-        )
+        pairs = _epoch_batches(data, config, epoch, device, layout)
+        path = None if kept_as is None else kept_as / f"{epoch}.safetensors"
+        batches = track(lessons(pairs, teach, path), steps, label, meter.status)
         rates = [
             learning_rate(config, epoch * steps + step, config.epochs * steps)
             for step in range(steps)
@@ -355,43 +365,52 @@ def _accuracy(
     return float(correct / images)
 
 
-def _loss_function(
+def _functions(
     model: nn.Module,
     teacher: nn.Module | None,
     config: TrainingConfig,
     device: torch.device,
     dtype: torch.dtype | None,
     compile_it: bool,
-) -> LossOf:
-    """What is minimised."""
+) -> tuple[LossOf, Teach | None]:
+    """What is minimised, and the teacher as a function."""
 
-    def precision() -> torch.autocast:
-        return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+    def called(module: nn.Module) -> Teach:
+        forward: Teach = compiled(module, device) if compile_it else module
 
-    forward: Callable[[Tensor], Tensor] = model
-    teach: Callable[[Tensor], Tensor] | None = teacher
-    if compile_it:
-        forward = compiled(model, device)
-        teach = None if teacher is None else compiled(teacher, device)
+        def outputs_of(images: Tensor) -> Tensor:
+            if compile_it:
+                begin_step(device)
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                outputs = forward(images)
+            return outputs.float()
 
-    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
-        if compile_it:
-            begin_step(device)
-        with precision():
-            outputs = forward(images).float()
+        return outputs_of
+
+    student = called(model)
+
+    def loss_of(lesson: Lesson) -> Tensor:
+        images, labels, targets = lesson
+        outputs = student(images)
         loss = F.cross_entropy(outputs, labels)
-        if teach is None:
+        if targets is None:
             return loss
-        with torch.no_grad(), precision():
-            targets = teach(images).float()
         distilled = distillation_loss(outputs, targets, config.temperature)
         return torch.lerp(loss, distilled, config.distillation)
 
-    return loss_of
+    if teacher is None:
+        return loss_of, None
+    asked = called(teacher)
+
+    def teach(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return asked(images).clone()  # results of a CUDA graph hold until the next step
+
+    return loss_of, teach
 
 
 def _should_compile(
-    loss_function: Callable[[bool], LossOf],
+    functions: Callable[[bool], tuple[LossOf, Teach | None]],
     model: nn.Module,
     data: Dataset,
     config: TrainingConfig,
@@ -402,23 +421,30 @@ def _should_compile(
     if config.compile != "auto" or not is_worth_timing(steps):
         return config.compile == "on"
     layout = memory_format(model, device)
-    images, labels = next(_epoch_batches(data, config, 0, device, layout))
+    batch = next(_epoch_batches(data, config, 0, device, layout))
 
-    def step(loss_of: LossOf) -> float:
-        loss = loss_of(images, labels)
+    def step(loss_of: LossOf, teach: Teach | None) -> float:
+        loss = loss_of(next(lessons([batch], teach)))
         torch.autograd.backward(loss)
         model.zero_grad(set_to_none=True)
         return float(loss.detach())  # waits for the device
 
     model.train()
     with undone(model, device), _normalising(model, config):
-        eager, compiled_step = (partial(step, loss_function(choice)) for choice in (False, True))
+        eager, compiled_step = (partial(step, *functions(choice)) for choice in (False, True))
         return pays(eager, compiled_step, steps)
 
 
 def _normalising(model: nn.Module, config: TrainingConfig) -> AbstractContextManager[object]:
     """BNs that normalise by the batches of all processes inside, if that is wanted."""
     return synchronized(model) if config.sync_bn else nullcontext()
+
+
+def _of_batches(data: Dataset, config: TrainingConfig) -> tuple[object, ...]:
+    """Whatever decides over the batches of an epoch."""
+    settings = (config.batch_size, config.seed, config.color_jitter, config.cutout)
+    images = (len(data.train.labels), data.augmentation, data.mean, data.std)
+    return (*settings, config.precision, *images)
 
 
 def _epoch_batches(
@@ -466,7 +492,7 @@ class _Meter:
 
 
 def _train_epoch(
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Lesson],
     rates: Sequence[float],
     shares: Sequence[float],
     loss_of: LossOf,
@@ -480,20 +506,18 @@ def _train_epoch(
         batches: This process's parts of them.
         rates: Learning rates.
         shares: Of the penalty.
-        loss_of: Mean loss of images and labels.
+        loss_of: Their mean loss.
         optimizer: Of all parameters.
         penalty: Added to the gradients.
         meter: Told of every step; knows how many images all processes together have in one.
     """
     total: Tensor | float = 0.0
-    for step, ((images, labels), rate, share) in enumerate(
-        zip(batches, rates, shares, strict=True)
-    ):
+    for step, (batch, rate, share) in enumerate(zip(batches, rates, shares, strict=True)):
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
         # The mean over processes is then the mean over the batch, however it was divided.
-        loss = loss_of(images, labels) * (len(labels) * processes.count() / meter.batch_size)
+        loss = loss_of(batch) * (len(batch[1]) * processes.count() / meter.batch_size)
         torch.autograd.backward(loss)
         if penalty is not None:
             penalty.add_to_gradients(share)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,6 +145,41 @@ def test_a_teacher_is_learned_from_and_left_alone(tiny):
     results = fit(student, tiny, config, teacher=teacher)
     assert results[-1].loss < results[0].loss / 3
     torch.testing.assert_close(teacher.state_dict(), before, rtol=0, atol=0)
+
+
+def test_what_a_teacher_said_is_kept_for_trainings_of_the_same_images(tiny, tmp_path):
+    teacher = small_net(5)
+    config = TrainingConfig(2, lr=0.05, batch_size=16, precision="float32", compile="off")
+    asked = []
+
+    def trained(config, teacher):
+        student = small_net(0)
+        fit(student, tiny, config, teacher=teacher, kept=tmp_path)
+        return student.state_dict()
+
+    class Counted(nn.Sequential):
+        def forward(self, images):
+            asked.append(len(images))
+            return super().forward(images)
+
+    counted = Counted(*teacher)
+    first = trained(config, counted)
+    calls = len(asked)
+    assert calls == 2 * (len(tiny.train.labels) // 16)
+    torch.testing.assert_close(trained(config, counted), first, rtol=0, atol=0)
+    assert len(asked) == calls
+    student = small_net(0)
+    fit(student, tiny, config, teacher=teacher)
+    torch.testing.assert_close(student.state_dict(), first, rtol=0, atol=0)
+    for other in (replace(config, seed=1), replace(config, batch_size=8)):
+        before = len(asked)
+        trained(other, counted)
+        assert len(asked) > before
+    before = len(asked)
+    with torch.no_grad():
+        counted[0].weight.add_(1)
+    trained(config, counted)
+    assert len(asked) == before + calls
 
 
 def test_precision(monkeypatch):

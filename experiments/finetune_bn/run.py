@@ -73,7 +73,9 @@ def variant_of(name: str, masked: Checkpoint, data: Dataset) -> nn.Module:
     return net
 
 
-def train(name: str, lr: float, epochs: int, masked: Checkpoint, data: Dataset) -> list[dict]:
+def train(
+    name: str, lr: float, epochs: int, masked: Checkpoint, data: Dataset, kept: Path
+) -> list[dict]:
     """Fine-tune one variant; a row an epoch."""
     config = replace(masked.config, finetune_epochs=epochs, finetune_lr=lr)
     teacher = trained_model(config, len(data.classes)) if config.distill else None
@@ -83,6 +85,7 @@ def train(name: str, lr: float, epochs: int, masked: Checkpoint, data: Dataset) 
             data,
             config.finetuning(),
             teacher=teacher,
+            kept=kept,
             device=pick_device(config.device),
         )
     except TrainingError as error:
@@ -123,7 +126,7 @@ def main(run: Path, data: str, epochs: int, rates: tuple[float, ...], out: Path)
         for name in VARIANTS:
             if ((table["variant"] == name) & (table["lr"] == rate)).any():
                 continue
-            rows = pd.DataFrame(train(name, rate, epochs, masked, images))
+            rows = pd.DataFrame(train(name, rate, epochs, masked, images, run / "lessons"))
             rows = rows.assign(variant=name, lr=rate, **environment(masked.config.platform))
             table = pd.concat([table, rows], ignore_index=True)
             write_csv(table, path)
