@@ -27,6 +27,7 @@ from rmprune.errors import UsageError
 from rmprune.extras import extra
 from rmprune.measure import Latency, WideSpreadWarning, latency
 from rmprune.onnx_graph import OnnxGraph, to_onnx
+from rmprune.rewrite import clamp_activations
 
 Backend = Literal["torch", "onnxruntime", "openvino", "c"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -179,7 +180,7 @@ def graph_of(model: Network, batch: Tensor) -> OnnxGraph:
 
 def _folded(model: nn.Module) -> nn.Module:
     """A copy with its BNs folded where torch.fx can follow the network; else as it is."""
-    model = squeezed(copy.deepcopy(model)).eval()
+    model = clamp_activations(squeezed(copy.deepcopy(model))).eval()
     try:
         return fuse(model)
     except (TraceError, TypeError, RuntimeError):  # of control flow that depends on the input

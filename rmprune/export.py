@@ -34,7 +34,7 @@ from rmprune.extras import extra
 from rmprune.onnx_graph import OnnxGraph, to_onnx
 from rmprune.plain import PlainNet
 from rmprune.quantization import quantize
-from rmprune.rewrite import fold_bn
+from rmprune.rewrite import clamp_activations, fold_bn
 
 Format = Literal["onnx", "pt2", "c"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -138,8 +138,8 @@ class Delivery:
 
 def deployable(net: nn.Module, raw: RawImages | None = None) -> nn.Module:
     """A network as it is exported: on the CPU, its BNs folded, and with its preprocessing."""
-    net = copy.deepcopy(net).cpu().eval()
-    net = fold_bn(net) if isinstance(net, PlainNet) else fuse(squeezed(net))
+    net = clamp_activations(squeezed(copy.deepcopy(net).cpu().eval()))
+    net = fold_bn(net) if isinstance(net, PlainNet) else fuse(net)
     return net if raw is None else nn.Sequential(raw, net).eval()
 
 

@@ -87,6 +87,50 @@ class PartialActivation(nn.Module):
         return f"{self.activation}, {int(self.acts.sum())} of {self.num_channels} channels"
 
 
+class Clamp(nn.Module):
+    """``min(max(x, lower), upper)``, with limits of its own for each channel.
+
+    What a PReLU of slopes 0 and 1 computes, or a ReLU or ReLU6 on some channels. Runtimes compute
+    it faster: onnxruntime's PRelu takes ten times as long as its Max.
+
+    Args:
+        lower: ``(num_channels,)``; the least number of the dtype where there is no limit.
+        upper: The same, the largest; None if no channel has one.
+    """
+
+    lower: Tensor
+    upper: Tensor | None
+
+    def __init__(self, lower: Tensor, upper: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("lower", lower[:, None, None])
+        self.register_buffer("upper", None if upper is None else upper[:, None, None])
+
+    @classmethod
+    def of(cls, activation: nn.Module, dtype: torch.dtype) -> Clamp | None:
+        """The clamp that computes what an activation does, or None."""
+        match activation:
+            case nn.PReLU(num_parameters=channels) if channels > 1:
+                acts = activation.weight.detach() == 0
+                if not bool((acts | (activation.weight == 1)).all()):
+                    return None
+            case PartialActivation(activation="relu" | "relu6"):
+                acts = activation.acts
+            case _:
+                return None
+        limits = torch.finfo(dtype)
+        lower = torch.full(acts.shape, limits.min, dtype=dtype, device=acts.device)
+        lower = lower.masked_fill(acts, 0.0)
+        if getattr(activation, "activation", None) == "relu6":
+            return cls(lower, torch.full_like(lower, limits.max).masked_fill(acts, 6.0))
+        return cls(lower)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, num_channels, H, W)`` to the same shape."""
+        x = torch.maximum(x, self.lower)
+        return x if self.upper is None else torch.minimum(x, self.upper)
+
+
 class PartialGroupNorm(nn.Module):
     """Group normalisation of some channels, without an affine map; the others pass.
 

@@ -1,6 +1,7 @@
 """Rewrites of a plain net that leave its outputs as they are: walks over a list.
 
-Each takes a `PlainNet` in evaluation mode and returns a new one.
+Each takes a `PlainNet` in evaluation mode and returns a new one; `clamp_activations` takes any
+network, in place.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.errors import PruningError
+from rmprune.layers import Clamp
 from rmprune.norms import EPS, Moments, Norm, folded
 from rmprune.plain import PlainNet
 
@@ -30,6 +32,17 @@ def fold_bn(net: PlainNet) -> PlainNet:
         layers[name] = copy.deepcopy(module)
         previous = name
     return net.with_layers(layers).eval()
+
+
+def clamp_activations(net: nn.Module) -> nn.Module:
+    """Replace activations that are clamps by such, see `rmprune.layers.Clamp`; in place."""
+    dtypes = [tensor.dtype for tensor in net.parameters() if tensor.is_floating_point()]
+    for name, module in list(net.named_modules()):
+        clamp = Clamp.of(module, dtypes[0]) if dtypes else None
+        if clamp is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(net.get_submodule(parent), child, clamp)
+    return net
 
 
 def calibrate_bn(net: PlainNet, calibration_batches: Iterable[Tensor]) -> PlainNet:

@@ -4,7 +4,14 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from rmprune.layers import FUNCTIONS, OPEN, ChannelGate, PartialActivation, function_name
+from rmprune.layers import (
+    FUNCTIONS,
+    OPEN,
+    ChannelGate,
+    Clamp,
+    PartialActivation,
+    function_name,
+)
 
 X = torch.randn(2, 6, 5, 4, generator=torch.Generator().manual_seed(0))
 MODULES = {
@@ -97,3 +104,24 @@ def test_a_gate_of_one_map_keeps_channels():
 def test_sizes_that_do_not_fit():
     with pytest.raises(ValueError, match="do not fit"):
         ChannelGate((6, 3), ("relu", "sigmoid"))
+
+
+def test_a_clamp_computes_what_the_activation_does():
+    x = 10 * torch.randn(2, 6, 4, 4)
+    some = torch.tensor([True, False, True, True, False, False])
+    prelu = nn.PReLU(6)
+    prelu.weight = nn.Parameter((~some).float())
+    activations = [prelu]
+    for name in ("relu", "relu6"):
+        activations.append(PartialActivation(name, 6))
+        activations[-1].acts = some
+    for activation in activations:
+        for dtype in (torch.float32, torch.float64):
+            clamp = Clamp.of(activation.to(dtype), dtype)
+            assert torch.equal(clamp(x.to(dtype)), activation(x.to(dtype)))
+
+
+def test_other_activations_are_no_clamps():
+    partial = PartialActivation("silu", 6)
+    for activation in (nn.ReLU(), nn.PReLU(1), nn.PReLU(6), partial, nn.Conv2d(6, 6, 1)):
+        assert Clamp.of(activation, torch.float32) is None
