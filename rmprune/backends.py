@@ -89,8 +89,10 @@ def installed() -> tuple[Backend, ...]:
 
 
 def _library(backend: Backend) -> Any:
+    """The first of the modules that a backend needs; all of them can be imported then."""
     name = "openvino" if backend == "openvino" else "onnx"
-    return extra(backend, f"the backend {backend}", name)
+    first, *_ = [extra(module, f"the backend {backend}", name) for module in NEEDED[backend]]
+    return first
 
 
 def _compiler_version() -> str:
@@ -167,6 +169,7 @@ def deploy(model: Network, batch: Tensor, platform: Platform) -> nn.Module:
                 "torch does not run ONNX graphs; choose the backend onnxruntime, openvino or c"
             )
         return _folded(model)
+    _library(platform.backend)  # which is refused by its own name, before an export is
     runner = {"onnxruntime": _OnnxRuntime, "openvino": _OpenVino, "c": _CLibrary}[platform.backend]
     return runner(graph_of(model, batch[:1] if platform.backend == "c" else batch), platform)
 

@@ -431,7 +431,9 @@ class _Writer:
 
     def _header(self, arena_bytes: int) -> str:
         upper = self.name.upper()
-        about = "".join(f" * {line}\n" for line in self.about)
+        # A path of data may have in it what begins or ends a comment.
+        lines = [line.replace("*/", "* /").replace("/*", "/ *") for line in self.about]
+        about = "".join(f" * {line}\n" for line in lines)
         return (
             f"/* {self.name}: a network as C99, written by rmprune.\n{about} */\n"
             f"#ifndef {upper}_H\n#define {upper}_H\n\n#include <stdint.h>\n\n"

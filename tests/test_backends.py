@@ -85,6 +85,8 @@ def test_a_missing_extra_is_named(monkeypatch, backend, extra):
     assert installed() == ("torch",)
     with pytest.raises(UsageError, match=rf"needs {backend}; .*pip install 'rmprune\[{extra}\]'"):
         _ = Platform(backend).versions
+    with pytest.raises(UsageError, match=rf"needs {backend}; .*pip install 'rmprune\[{extra}\]'"):
+        deploy(nn.Conv2d(3, 4, 1), torch.randn(1, 3, 8, 8), Platform(backend))
 
 
 @pytest.mark.skipif("onnxruntime" not in installed(), reason="not here")

@@ -133,6 +133,14 @@ def test_the_arena_is_what_was_planned(tmp_path):
     assert set(undefined) <= {"memset", "memcpy", "fminf", "fmaxf"}
 
 
+def test_nothing_that_is_told_ends_the_comment():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten()).eval()
+    graph = onnx_graph.to_onnx(net, torch.randn(1, 3, 2, 2))
+    comment, *_ = c_source(graph, about=["data: folder:a*/b/*"]).header.split(" */\n")
+    assert "*/" not in comment
+    assert comment.count("/*") == 1
+
+
 def test_what_there_is_no_c_for_is_named():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Softmax(1)).eval()
     graph = onnx_graph.to_onnx(model, torch.zeros(1, 3, 8, 8))
