@@ -148,6 +148,10 @@ def test_bench(run, tmp_path):
         assert word in text
     rows = pd.read_csv(tmp_path / "bench.csv")
     assert list(rows["net"]) == [str(out), "resnet20"]
+    notes = call("bench", out, "resnet20", "--rounds", 2).stderr
+    assert re.search(r"differ in size: .* takes 3×16×16, resnet20 takes 3×32×32; models", notes)
+    words = ["bench", out, "resnet20", "--image-shape", 3, 16, 16, "--rounds", 2]
+    assert not call(*words).stderr.count("differ in size")
     fail(2, "unknown model 'nothing'", "bench", "nothing")
     fail(2, "computes with one thread", "bench", "resnet20", "--backend", "c", "--threads", 2)
     fail(2, "has no net.safetensors", "bench", tmp_path)

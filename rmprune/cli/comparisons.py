@@ -324,6 +324,13 @@ def bench(
         backends.Platform(engine, threads, size) for engine in engines for size in batch_sizes
     ]
     found = {name: open_network(str(net_of(Path(name))), image_shape, num_classes) for name in nets}
+    sizes = {name: "×".join(map(str, image.shape[1:])) for name, (_, image) in found.items()}
+    if len(set(sizes.values())) > 1:
+        of_each = ", ".join(f"{name} takes {size}" for name, size in sizes.items())
+        click.echo(
+            f"rmprune: note: images differ in size: {of_each}; models by name take --image-shape",
+            err=True,
+        )
     tables = []
     for place in places:
         table = measure_networks(found, place, rounds=rounds)
