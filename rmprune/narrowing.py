@@ -25,7 +25,7 @@ def narrow(slim: fx.GraphModule, masks: Masks) -> Masks:
     """Cut the inner channels and the empty blocks of masks out of a slimmable model.
 
     Of a body that is switched off in a block that must stay one channel stays, held at zero;
-    grouped convolutions stay as they are.
+    grouped convolutions, and those whose kernel is composed of others, stay as they are.
 
     Args:
         slim: The slimmable model that the masks were selected from, with or without them;
@@ -45,7 +45,7 @@ def narrow(slim: fx.GraphModule, masks: Masks) -> Masks:
     keep = {name: mask for name, mask in masks.keep.items() if name in present}
     for block in chain.blocks:
         for unit, follower in pairwise(split_units(block.body)):
-            if unit.bn is None or unit.kernel.groups > 1 or follower.kernel.groups > 1:
+            if unit.bn is None or not all(_can_be_cut(u, slim) for u in (unit, follower)):
                 continue
             mask = masks.keep[unit.bn.name]
             _cut_between(unit, follower, survivors(mask))
@@ -91,6 +91,11 @@ def survivors(mask: Tensor) -> Tensor:
     """Which channels of a mask ``(channels,)`` narrowing leaves, ``(n,)``: one at least."""
     kept = mask.nonzero().flatten()
     return kept if len(kept) else torch.zeros(1, dtype=torch.long)
+
+
+def _can_be_cut(unit: Unit, slim: fx.GraphModule) -> bool:
+    own = slim.get_submodule(unit.conv.name) is unit.kernel
+    return own and unit.kernel.groups == 1
 
 
 @torch.no_grad()

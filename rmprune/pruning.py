@@ -25,6 +25,7 @@ from rmprune.checkpoints import (
     pick_device,
     run_calibration,
 )
+from rmprune.composed import squeezed
 from rmprune.convert import convert
 from rmprune.costs import Cost, LayerCosts, body_savings, channel_savings, relative
 from rmprune.data import Dataset, hold_out
@@ -234,8 +235,10 @@ def _loss_scores(
     path = kept / f"scores-{digest.hexdigest()[:16]}.safetensors"
     if not path.exists():
         device = pick_device(config.device)
+        model = squeezed(copy.deepcopy(slim)).to(device)
+        assert isinstance(model, fx.GraphModule)
         scores = by_loss(
-            copy.deepcopy(slim).to(device),
+            model,
             savings,
             bodies,
             calibration_batches(hold_out(data, config.holdout)[0], device)[:IMPORTANCE_BATCHES],

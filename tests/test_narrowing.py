@@ -73,3 +73,12 @@ def test_widening():
     assert wide.keep["inner"].tolist() == [False, False, True]
     assert wide.keep["outer"].tolist() == [True, False]
     assert survivors(torch.tensor([False, False])).tolist() == [0]
+
+
+def test_kernels_that_are_composed_of_others_stay_whole():
+    slim, masks = masked(create_model("orepa_resnet20"), 0.7)
+    assert not all(mask.all() for mask in masks.keep.values())
+    expected = slim(X)
+    left = narrow(slim, masks)
+    assert all(torch.equal(mask, masks.keep[name]) for name, mask in left.keep.items())
+    torch.testing.assert_close(slim(X), expected, rtol=0, atol=1e-10 * expected.abs().max().item())
