@@ -19,10 +19,10 @@ from rmprune.costs import Cost, relative
 from rmprune.data import Dataset
 from rmprune.errors import UsageError
 from rmprune.grouping import strongest
+from rmprune.joints import joints_of
 from rmprune.lowering import likeliest
 from rmprune.plain import PlainNet
 from rmprune.plain_selection import plain_savings, plain_scales, remove_channels, select_plain
-from rmprune.removal import joints_of
 from rmprune.rewrite import calibrate_bn
 from rmprune.store import layers_of
 from rmprune.targets import TOLERANCE, Target, search, thresholds_of

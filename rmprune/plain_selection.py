@@ -19,8 +19,9 @@ from torch import Tensor
 from rmprune.costs import LayerCosts, sites
 from rmprune.errors import PruningError, UsageError
 from rmprune.grouping import even_masks, rounded
+from rmprune.joints import joints_of
 from rmprune.plain import PlainNet
-from rmprune.removal import joints_of, prune
+from rmprune.removal import prune
 from rmprune.selection import Masks
 
 

@@ -16,6 +16,7 @@ from rmprune.convert import convert
 from rmprune.costs import body_savings, channel_savings, counted
 from rmprune.graph import parse
 from rmprune.importance import by_loss
+from rmprune.joints import joints_of
 from rmprune.lowering import lower
 from rmprune.measure import count_macs, count_params
 from rmprune.models.repvgg import RepVGG, Stage
@@ -23,7 +24,7 @@ from rmprune.models.rmnext import RMNeXt
 from rmprune.narrowing import narrow
 from rmprune.plain import PlainNet
 from rmprune.plain_selection import plain_scales, remove_channels, select_plain
-from rmprune.removal import joints_of, prune
+from rmprune.removal import prune
 from rmprune.rewrite import calibrate_bn, collapse
 from rmprune.selection import Masks, apply_masks, select
 from rmprune.slimming import add_shortcut_bn
