@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from rmprune.blocks import inner_bns, split_units, streams
@@ -21,7 +22,7 @@ from rmprune.costs import Lowering
 from rmprune.graph import Block, parse
 from rmprune.narrowing import narrow, survivors
 from rmprune.reconstruction import block_sums, heirs, reconstruct
-from rmprune.selection import Masks, apply_masks, select
+from rmprune.selection import Masks, apply_masks, inner_sections, select
 from rmprune.slimming import scales_of
 from rmprune.training import distillation_loss
 
@@ -128,11 +129,13 @@ class _Place:
             ``"stream"`` (see `rmprune.blocks.streams`), or what a block has ``"reserved"``.
         bns: Paths, each with the channel of the place that the BN's first channel is.
         conv: The last convolution of a body.
+        sections: Parts of a layer's channels that lose equally many, see `rmprune.grouping`.
     """
 
     kind: Literal["layer", "body", "stream", "reserved"]
     bns: Mapping[str, int]
     conv: str = ""
+    sections: int = 1
 
 
 Step = dict[str, Tensor]  # path of a BN to channels, those with the smallest scales first
@@ -185,7 +188,8 @@ class _Search:
             units = split_units(block.body)
             bns = [unit.bn.name for unit in units if unit.bn is not None]
             inner = bns[:-1]
-            places += [_Place("layer", {name: 0}) for name in inner]
+            sections = inner_sections(units)
+            places += [_Place("layer", {name: 0}, sections=sections[name]) for name in inner]
             body = bns if self.lowering == "auto" else inner
             places.append(_Place("body", dict.fromkeys(body, 0), units[-1].conv.name))
             head = block.shortcut[0]
@@ -203,7 +207,8 @@ class _Search:
                 whole if len(present) == len(place.bns) and all(map(len, whole.values())) else None
             )
         ranked = self._ranked(place, left)
-        size = math.ceil(self._width(place) * SHARE / self.round_to) * self.round_to
+        multiple = math.lcm(self.round_to, place.sections)
+        size = math.ceil(self._width(place) * SHARE / multiple) * multiple
         if len(ranked) <= size and place.kind != "reserved":
             return None  # a body goes by a step of its own, a stream not at all
         goes = ranked[:size]
@@ -218,7 +223,10 @@ class _Search:
         return max(self.sizes[name] + first for name, first in place.bns.items())
 
     def _ranked(self, place: _Place, left: Mapping[str, Tensor]) -> Tensor:
-        """The channels of a place that are left, ``(n,)``, those with the smallest scales first."""
+        """The channels of a place that are left, ``(n,)``, those with the smallest scales first.
+
+        Of several sections the weakest of each come first, then the second weakest of each.
+        """
         alive = torch.zeros(self._width(place), dtype=torch.bool)
         total, scales = torch.zeros(len(alive), dtype=torch.float64), scales_of(self.model)
         for name, there in left.items():
@@ -226,7 +234,10 @@ class _Search:
             alive[first : first + len(there)] |= there
             total.index_add_(0, self.left[name] + first, scales[name].double().cpu())
         channels = alive.nonzero().flatten()
-        return channels[total[channels].argsort(stable=True)]
+        channels = channels[total[channels].argsort(stable=True)]
+        section = (channels * place.sections // len(alive))[:, None]
+        rank = F.one_hot(section[:, 0], place.sections).cumsum(0).gather(1, section)
+        return channels[rank[:, 0].argsort(stable=True)]
 
     def price(self, place: _Place, step: Step) -> float:
         """What a step adds to the loss, for what it saves."""

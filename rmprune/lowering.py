@@ -390,7 +390,7 @@ def _body(layers: Layers, span: Span, outputs: Tensor) -> nn.Sequential:
     """F with the given output channels."""
     body: OrderedDict[str, nn.Module] = OrderedDict()
     inputs = torch.arange(span.shortcut.shape[1])
-    rows = [own.nonzero().flatten() for own in span.own] + [outputs]
+    rows = [*_own_rows(layers, span), outputs]
     for (name, module), here in zip(layers[span.start : span.stop], rows, strict=True):
         if isinstance(module, nn.Conv2d):
             body[name] = _cut(module, here, inputs)
@@ -404,6 +404,17 @@ def _body(layers: Layers, span: Span, outputs: Tensor) -> nn.Sequential:
             body[name] = layer
         inputs = here
     return nn.Sequential(body)
+
+
+def _own_rows(layers: Layers, span: Span) -> list[Tensor]:
+    """F's channels behind each of its layers but the last, without zeros that only fill groups."""
+    rows = []
+    for place, own in enumerate(span.own, span.start):
+        reader = layers[_reader(layers, place)][1]
+        assert isinstance(reader, nn.Conv2d)
+        read = own & (dense_weight(reader) != 0).flatten(2).any(2).any(0)
+        rows.append((read if read.any() else own).nonzero().flatten())
+    return rows
 
 
 def _cut(conv: nn.Conv2d, outputs: Tensor, inputs: Tensor) -> nn.Conv2d:

@@ -16,7 +16,9 @@ from torch import Tensor, fx, nn
 from torch.optim.swa_utils import update_bn
 
 from rmprune.blocks import Unit, split_units
+from rmprune.cutting import cut_channels, cut_connections
 from rmprune.graph import parse
+from rmprune.grouping import groups_left
 from rmprune.passing import empty_blocks
 from rmprune.selection import Masks
 
@@ -24,8 +26,9 @@ from rmprune.selection import Masks
 def narrow(slim: fx.GraphModule, masks: Masks) -> Masks:
     """Cut the inner channels and the empty blocks of masks out of a slimmable model.
 
-    Of a body that is switched off in a block that must stay one channel stays, held at zero;
-    grouped convolutions, and those whose kernel is composed of others, stay as they are.
+    Of a body that is switched off in a block that must stay one channel stays, held at zero.
+    Convolutions whose groups would be unequal, or whose kernel is composed of others, stay as
+    they are.
 
     Args:
         slim: The slimmable model that the masks were selected from, with or without them;
@@ -44,12 +47,12 @@ def narrow(slim: fx.GraphModule, masks: Masks) -> Masks:
     present = {layer.name for layer in chain.layers()}
     keep = {name: mask for name, mask in masks.keep.items() if name in present}
     for block in chain.blocks:
-        for unit, follower in pairwise(split_units(block.body)):
-            if unit.bn is None or not all(_can_be_cut(u, slim) for u in (unit, follower)):
-                continue
-            mask = masks.keep[unit.bn.name]
-            _cut_between(unit, follower, survivors(mask))
-            keep[unit.bn.name] = mask[survivors(mask)]
+        units = split_units(block.body)
+        kept = _channels_left(units, masks, slim)
+        _cut_body(units, kept)
+        for unit, channels in zip(units[:-1], kept[1:], strict=False):
+            if unit.bn is not None:
+                keep[unit.bn.name] = keep[unit.bn.name][channels]
     return Masks(keep, masks.forced)
 
 
@@ -93,37 +96,51 @@ def survivors(mask: Tensor) -> Tensor:
     return kept if len(kept) else torch.zeros(1, dtype=torch.long)
 
 
-def _can_be_cut(unit: Unit, slim: fx.GraphModule) -> bool:
-    own = slim.get_submodule(unit.conv.name) is unit.kernel
-    return own and unit.kernel.groups == 1
+def _channels_left(units: Sequence[Unit], masks: Masks, slim: fx.GraphModule) -> list[Tensor]:
+    """The channels that stay: those that a body reads, then those behind each convolution.
+
+    Returns:
+        ``(channels,)`` of bool each.
+    """
+    kept = [torch.ones(units[0].kernel.in_channels, dtype=torch.bool)]
+    for unit in units:
+        mask = torch.ones(unit.kernel.out_channels, dtype=torch.bool)
+        if unit.bn is not None and unit is not units[-1]:
+            left = survivors(masks.keep[unit.bn.name])
+            mask = torch.zeros_like(mask).index_fill(0, left, True)
+        kept.append(mask)
+    for place, unit in enumerate(units):
+        if slim.get_submodule(unit.conv.name) is not unit.kernel:  # but composed of others
+            _spare(kept, place)
+    while None in (groups := _groups_left(units, kept)):
+        _spare(kept, groups.index(None))  # which may make others unequal
+    return kept
 
 
-@torch.no_grad()
-def _cut_between(unit: Unit, follower: Unit, kept: Tensor) -> None:
-    assert unit.bn is not None
-    assert isinstance(unit.bn.module, nn.BatchNorm2d)
-    _take(unit.kernel, kept)
-    unit.kernel.out_channels = len(kept)
-    _take(unit.bn.module, kept)
-    unit.bn.module.num_features = len(kept)
-    activation = None if unit.activation is None else unit.activation.module
-    if isinstance(activation, nn.PReLU) and activation.num_parameters > 1:
-        _take(activation, kept)
-        activation.num_parameters = len(kept)
-    columns = follower.kernel.weight[:, kept.to(follower.kernel.weight.device)]
-    follower.kernel.weight = nn.Parameter(columns.clone())
-    follower.kernel.in_channels = len(kept)
+def _spare(kept: Sequence[Tensor], place: int) -> None:
+    """Let a convolution keep all channels on both sides."""
+    for mask in kept[place : place + 2]:
+        mask.fill_(True)
 
 
-def _take(module: nn.Module, kept: Tensor) -> None:
-    """Keep some channels, the first dimension, of all that a module holds, masks included."""
-    for owner in module.modules():
-        for name, parameter in list(owner.named_parameters(recurse=False)):
-            rows = parameter[kept.to(parameter.device)].clone()
-            setattr(owner, name, nn.Parameter(rows, parameter.requires_grad))
-        for name, buffer in list(owner.named_buffers(recurse=False)):
-            if buffer.ndim:
-                setattr(owner, name, buffer[kept.to(buffer.device)].clone())
+def _groups_left(units: Sequence[Unit], kept: Sequence[Tensor]) -> list[int | None]:
+    """The groups of every convolution of a body; None where they would be unequal."""
+    sides = zip(units, pairwise(kept), strict=True)
+    return [groups_left(unit.kernel.groups, *both) for unit, both in sides]
+
+
+def _cut_body(units: Sequence[Unit], kept: Sequence[Tensor]) -> None:
+    """Cut a body down to the channels that it reads and those behind each convolution."""
+    groups_of = _groups_left(units, kept)
+    for unit, groups, (read, made) in zip(units, groups_of, pairwise(kept), strict=True):
+        if read.all() and made.all():
+            continue
+        assert groups is not None
+        channels = made.nonzero().flatten()
+        cut_connections(unit.kernel, channels, read.nonzero().flatten(), groups)
+        for layer in (unit.bn, unit.activation):
+            if layer is not None:
+                cut_channels(layer.module, channels)
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ from rmprune.convert import convert
 from rmprune.costs import Cost, relative
 from rmprune.data import Dataset
 from rmprune.errors import UsageError
+from rmprune.grouping import strongest
+from rmprune.joints import joints_of
 from rmprune.lowering import likeliest
 from rmprune.plain import PlainNet
 from rmprune.plain_selection import plain_savings, plain_scales, remove_channels, select_plain
@@ -97,16 +99,19 @@ def _per_cost(
     config: SlimConfig,
     kept: Path,
 ) -> dict[str, Tensor]:
-    """Scales over what the removal of a channel saves; inf for those that must stay."""
+    """Scales over what the removal of a channel saves; inf for those that must stay.
+
+    Beside a convolution in groups an eighth of each group stays, so that none is empty.
+    """
     cost: Cost = target.kind if target.kind != "accuracy-drop" else config.cost
     shares = dict.fromkeys(scales, 1.0)
     if cost != "uniform":
         costs = layer_costs(cost, lambda: net, checkpoint.task, config, kept)
         savings = plain_savings(net, checkpoint.task.example_input(), costs)
         shares = relative(savings, {name: len(scale) for name, scale in scales.items()})
-    return {
-        name: (scale / shares[name]).index_fill(
-            0, scale.topk(math.ceil(LEAST_KEPT * len(scale))).indices, math.inf
-        )
-        for name, scale in scales.items()
-    }
+    scores = {}
+    for joint in joints_of(net):
+        parts = scales[joint.name].view(joint.sections, -1)
+        stay = strongest(parts, math.ceil(LEAST_KEPT * parts.shape[1]))
+        scores[joint.name] = (parts / shares[joint.name]).masked_fill(stay, math.inf).flatten()
+    return scores

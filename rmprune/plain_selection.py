@@ -18,9 +18,11 @@ from torch import Tensor
 
 from rmprune.costs import LayerCosts, sites
 from rmprune.errors import PruningError, UsageError
+from rmprune.grouping import even_masks, rounded
+from rmprune.joints import joints_of
 from rmprune.plain import PlainNet
-from rmprune.removal import joints_of, prune
-from rmprune.selection import Masks, with_more
+from rmprune.removal import prune
+from rmprune.selection import Masks
 
 
 def plain_scales(net: PlainNet) -> dict[str, Tensor]:
@@ -66,6 +68,9 @@ def select_plain(
 ) -> Masks:
     """Choose the channels whose score reaches a threshold; of every layer at least one.
 
+    On either side of a convolution in groups all groups keep equally many channels, or none, see
+    `rmprune.grouping.even_masks`.
+
     Args:
         net: With BNs, see `plain_scales`.
         threshold: On the scores.
@@ -83,14 +88,21 @@ def select_plain(
         raise UsageError(f"the threshold must be finite and not negative, but it is {threshold}")
     if round_to < 1:
         raise UsageError(f"widths can be multiples of 1 or more, not of {round_to}")
-    keep: dict[str, Tensor] = {}
-    forced = []
-    for name, scale in plain_scales(net).items():
-        mask = (scores[name] >= threshold).cpu()
-        if not mask.any():
-            forced.append(name)
-            mask[scale.argmax()] = True
-        keep[name] = with_more(mask, scale, -int(mask.sum()) % round_to)
+    joints, scales = joints_of(net), plain_scales(net)
+    groups = [joint.producer.groups for joint in joints] + [
+        joint.consumer_groups for joint in joints[-1:]
+    ]
+    forced = [name for name in scales if not (scores[name] >= threshold).any()]
+    best = {name: scales[name].argmax() for name in forced}
+    spared = [
+        scores[name].index_fill(0, best[name], math.inf) if name in best else scores[name]
+        for name in scales
+    ]
+    masks = even_masks(spared, groups, threshold)
+    keep = {
+        joint.name: rounded(mask, scales[joint.name], joint.sections, round_to)
+        for joint, mask in zip(joints, masks, strict=True)
+    }
     return Masks(keep, tuple(forced))
 
 

@@ -3,7 +3,8 @@
 In a list, a channel concerns one layer that computes it and one that reads it, and depthwise
 convolutions in between. It is dead if it is *constant* (its row, its filter or its scale is zero)
 or *unread* (its column is zero); one death brings about others up and down the list, until
-nothing changes. Layers are then cut by torch-pruning's functions.
+nothing changes. Where a convolution in groups is one of the two, what is left must fall into equal
+groups again: into new ones (`rmprune.packing`), or each of the old ones loses as many channels.
 """
 
 from __future__ import annotations
@@ -12,22 +13,18 @@ import copy
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
+from rmprune.cutting import cut_channels, cut_connections
 from rmprune.errors import PruningError, UsageError
-from rmprune.layers import ChannelGate, PartialActivation, PartialGroupNorm, is_depthwise
+from rmprune.grouping import strongest
+from rmprune.joints import Joint, joints_of
+from rmprune.packing import Groups, Prices, pack
 from rmprune.plain import PlainNet, Width
-
-POINTWISE = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardswish, nn.SiLU, nn.GELU, nn.Mish),
-    *(nn.Tanh, nn.Sigmoid, nn.Hardsigmoid, PartialActivation),
-)
 
 
 def prune(net: PlainNet, threshold: float | None = None) -> PlainNet:
@@ -44,7 +41,8 @@ def prune(net: PlainNet, threshold: float | None = None) -> PlainNet:
             become the constant act(β). Needs the BNs (``convert(..., keep_bn=True)``).
 
     Returns:
-        A smaller net in evaluation mode. Every layer keeps at least one channel.
+        A smaller net in evaluation mode. Every layer keeps at least one channel; where groups
+        are not equally full, channels of zeros fill them.
 
     Raises:
         UsageError: The threshold is negative or not a number.
@@ -74,160 +72,11 @@ def prune(net: PlainNet, threshold: float | None = None) -> PlainNet:
                 break
         for joint, mask in zip(joints, alive, strict=True):
             _keep_one(joint, mask)
-            joint.remove(mask)
-    widths = {**result.widths, **_new_widths(result.widths, joints, alive)}
+        kept = [_evenly(joint, mask) for joint, mask in zip(joints, alive, strict=True)]
+        groups = _regroup(joints, alive, kept)
+        _cut(result, joints, kept, groups)
+    widths = {**result.widths, **_new_widths(result.widths, joints, alive, kept)}
     return _checked(result.with_layers(OrderedDict(result.named_children()), widths).eval())
-
-
-@dataclass(frozen=True)
-class Joint:
-    """A convolution, the layers of single channels behind it, and the layer that reads them.
-
-    Attributes:
-        name: Of the convolution.
-        producer: The convolution.
-        between: Activations, BNs, depthwise convolutions and the like, by name.
-        consumer_name: Of the layer that reads what they give.
-        consumer: That layer.
-        consumer_bn: The BN directly behind it.
-    """
-
-    name: str
-    producer: nn.Conv2d
-    between: Mapping[str, nn.Module]
-    consumer_name: str
-    consumer: nn.Conv2d | nn.Linear
-    consumer_bn: nn.BatchNorm2d | None
-
-    @property
-    def bns(self) -> dict[str, nn.BatchNorm2d | None]:
-        """The BN directly behind each convolution, by the convolution's name."""
-        layers = [(self.name, self.producer), *self.between.items(), ("", None)]
-        return {
-            name: follower if isinstance(follower, nn.BatchNorm2d) else None
-            for (name, module), (_, follower) in pairwise(layers)
-            if isinstance(module, nn.Conv2d)
-        }
-
-    def columns(self) -> Tensor:
-        """The consumer's weights, a view of shape ``(out, channels, positions)``."""
-        weight = self.consumer.weight
-        return weight.view(len(weight), len(self.producer.weight), -1)
-
-    def fold_constants(self, alive: Tensor) -> None:
-        """Add what constant channels contribute to the consumer's bias; cut them off."""
-        empty = (self.producer.weight.flatten(1) == 0).all(1)
-        off = torch.zeros_like(empty)
-        values = torch.zeros_like(self.producer.weight[:, 0, 0, 0])
-        if self.producer.bias is not None:
-            values = self.producer.bias.clone()
-        for module in self.between.values():
-            if isinstance(module, nn.Conv2d):
-                if _pads(module):
-                    empty &= values == 0  # others are constant inside only, not at the border
-                empty |= off | (module.weight.flatten(1) == 0).all(1)
-                off = torch.zeros_like(off)
-                values = values * module.weight.flatten(1).sum(1)
-                values += 0 if module.bias is None else module.bias
-            elif isinstance(module, (*POINTWISE, nn.BatchNorm2d)):
-                values = module(values[None, :, None, None]).flatten()
-            if isinstance(module, nn.BatchNorm2d):
-                off |= module.weight == 0
-            if isinstance(module, PartialGroupNorm):  # what it makes of a constant is none
-                empty[list(module.channels)] = off[list(module.channels)] = False
-        if not ((empty | off).cpu() & alive).any():
-            return
-        if _pads(self.consumer):
-            empty &= values == 0  # nobody asked for these to go at the price of the border
-        if self.gates:
-            empty, off = empty & (values == 0), off & (values == 0)  # others are constant no more
-        columns = self.columns()
-        where = (empty | off) & alive.to(off.device)
-        self._add_to_bias(columns[:, where].sum(2) @ values[where])
-        columns[:, where] = 0
-
-    @property
-    def gates(self) -> tuple[ChannelGate, ...]:
-        """The squeeze-and-excitation gates in between."""
-        return tuple(m for m in self.between.values() if isinstance(m, ChannelGate))
-
-    @property
-    def group_norms(self) -> tuple[PartialGroupNorm, ...]:
-        """The group norms in between."""
-        return tuple(m for m in self.between.values() if isinstance(m, PartialGroupNorm))
-
-    def _add_to_bias(self, offset: Tensor) -> None:
-        if self.consumer.bias is not None:
-            self.consumer.bias += offset
-        elif self.consumer_bn is not None and self.consumer_bn.running_mean is not None:
-            self.consumer_bn.running_mean -= offset
-        elif offset.any():
-            self.consumer.bias = nn.Parameter(offset)
-
-    def silence_unread(self, alive: Tensor) -> None:
-        """Zero the rows that nobody reads, so that what they read may be unread too."""
-        unread = alive & (self.columns() == 0).all(2).all(0).cpu()
-        for gate in self.gates:
-            unread &= ~gate.squeezed().cpu()
-        for norm in self.group_norms:  # its groups go as a whole, or their statistics change
-            groups = norm.by_group()
-            unread[groups] &= unread[groups].all(1, keepdim=True)
-        alive &= ~unread
-        where = unread.to(self.producer.weight.device)
-        self.producer.weight[where] = 0
-        if self.producer.bias is not None:
-            self.producer.bias[where] = 0
-
-    def remove(self, alive: Tensor) -> None:
-        """Cut the dead channels out of all layers concerned."""
-        dead = torch.nonzero(~alive).flatten().tolist()
-        if not dead:
-            return
-        positions = self.columns().shape[2]
-        tp.prune_conv_out_channels(self.producer, dead)
-        for module in self.between.values():
-            if isinstance(module, nn.Conv2d):
-                tp.prune_depthwise_conv_out_channels(module, dead)
-            elif isinstance(module, nn.BatchNorm2d):
-                tp.prune_batchnorm_out_channels(module, dead)
-            elif isinstance(module, nn.PReLU) and module.num_parameters > 1:
-                tp.prune_prelu_out_channels(module, dead)
-            elif isinstance(module, ChannelGate | PartialActivation | PartialGroupNorm):
-                module.keep(torch.nonzero(alive).flatten().to(self.producer.weight.device))
-        if isinstance(self.consumer, nn.Conv2d):
-            tp.prune_conv_in_channels(self.consumer, dead)
-        else:
-            inputs = [channel * positions + p for channel in dead for p in range(positions)]
-            tp.prune_linear_in_channels(self.consumer, inputs)
-
-
-def joints_of(net: PlainNet) -> list[Joint]:
-    """All places where channels can be removed: between two ungrouped layers."""
-    children = list(net.named_children())
-    weighted = [
-        i
-        for i, (_, module) in enumerate(children)
-        if isinstance(module, nn.Conv2d | nn.Linear) and not is_depthwise(module)
-    ]
-    joints = []
-    for here, there in pairwise(weighted):
-        name, producer = children[here]
-        consumer = children[there][1]
-        follower = children[there + 1][1] if there + 1 < len(children) else None
-        if not isinstance(producer, nn.Conv2d) or producer.groups != 1:
-            continue
-        if isinstance(consumer, nn.Conv2d) and consumer.groups != 1:
-            continue
-        assert isinstance(consumer, nn.Conv2d | nn.Linear)
-        bn = follower if isinstance(follower, nn.BatchNorm2d) else None
-        between = dict(children[here + 1 : there])
-        joints.append(Joint(name, producer, between, children[there][0], consumer, bn))
-    return joints
-
-
-def _pads(layer: nn.Module) -> bool:
-    """Whether a layer reads zeros around its input, which are no channel's constant."""
-    return isinstance(layer, nn.Conv2d) and layer.padding not in ((0, 0), "valid")
 
 
 def _switch_off(joints: list[Joint], threshold: float) -> None:
@@ -256,18 +105,89 @@ def _keep_one(joint: Joint, alive: Tensor) -> None:
     )
 
 
+def _evenly(joint: Joint, alive: Tensor) -> Tensor:
+    """The channels that stay so that groups stay what they are, ``(n,)``: some dead ones, too."""
+    if joint.sections == 1:
+        return alive.nonzero().flatten()
+    if joint.group_norms:  # part of one of their groups must not stay
+        return torch.arange(len(alive))
+    parts = alive.view(joint.sections, -1)
+    fullest = int(parts.sum(1).max())
+    return strongest(parts.int(), fullest).flatten().nonzero().flatten()
+
+
+def _regroup(
+    joints: Sequence[Joint], alive: Sequence[Tensor], kept: list[Tensor]
+) -> dict[str, int]:
+    """New groups where they are cheaper; puts their channels into what is kept.
+
+    Between layers without groups a convolution's channels can stand in any order.
+
+    Returns:
+        The number of groups by convolution.
+    """
+    groups: dict[str, int] = {}
+    for here, (before, behind) in enumerate(pairwise(joints)):
+        conv = behind.producer
+        if conv.groups == 1 or before.consumer is not conv:
+            continue
+        if before.producer.groups > 1 or behind.consumer_groups > 1:
+            continue
+        if before.group_norms or behind.group_norms:
+            continue
+        lives = alive[here], alive[here + 1]
+        if all(bool(mask.all()) for mask in lives):
+            continue
+        taps, used = conv.weight[0, 0].numel(), (conv.weight != 0).flatten(2).any(2).cpu()
+        columns = behind.columns()[0]
+        prices = Prices(taps, before.producer.weight[0].numel(), columns[:, 0].numel())
+        found = pack(used, conv.groups, lives, prices)
+        same = Groups(conv.groups, kept[here], kept[here + 1])
+        if found is not None and found.cost(prices) < same.cost(prices):
+            groups[behind.name] = found.number
+            kept[here], kept[here + 1] = found.inputs, found.outputs
+    return groups
+
+
+def _cut(
+    net: PlainNet, joints: Sequence[Joint], kept: Sequence[Tensor], groups: Mapping[str, int]
+) -> None:
+    """Cut all layers down to the channels that are kept."""
+    outputs = {joint.name: channels for joint, channels in zip(joints, kept, strict=True)}
+    inputs = {}
+    for joint, channels in zip(joints, kept, strict=True):
+        positions = torch.arange(joint.positions)
+        inputs[joint.consumer_name] = (channels[:, None] * joint.positions + positions).flatten()
+        for module in joint.between.values():
+            cut_channels(module, channels.to(joint.producer.weight.device))
+    for name in outputs.keys() | inputs.keys():
+        layer = net.get_submodule(name)
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        number = layer.groups if isinstance(layer, nn.Conv2d) else 1
+        reads = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
+        cut_connections(
+            layer,
+            outputs.get(name, torch.arange(len(layer.weight))),
+            inputs.get(name, torch.arange(reads)),
+            groups.get(name, number),
+        )
+
+
 def _new_widths(
-    widths: dict[str, Width], joints: list[Joint], alive: list[Tensor]
+    widths: dict[str, Width],
+    joints: Sequence[Joint],
+    alive: Sequence[Tensor],
+    kept: Sequence[Tensor],
 ) -> dict[str, Width]:
-    """How many own and reserved channels are left in each layer."""
+    """How many own and reserved channels are left in each layer; zeros count as reserved."""
     result: dict[str, Width] = {}
-    for joint, mask in zip(joints, alive, strict=True):
+    for joint, mask, channels in zip(joints, alive, kept, strict=True):
         width = widths.get(joint.name, Width(len(mask)))
         own = torch.arange(len(mask)) % 2 == 0
         if not width.alternating:
             own = torch.arange(len(mask)) < width.own
-        left = Width(int(mask[own].sum()), int(mask[~own].sum()))
-        result |= dict.fromkeys(joint.bns, left)
+        count = int(mask[own].sum())
+        result |= dict.fromkeys(joint.bns, Width(count, len(channels) - count))
     return result
 
 

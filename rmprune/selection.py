@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,6 +14,7 @@ from rmprune.blocks import Unit, split_units
 from rmprune.costs import Lowering
 from rmprune.errors import PruningError, UsageError
 from rmprune.graph import Block, Layer, PadChannels, Subsample, parse
+from rmprune.grouping import even_masks, rounded
 from rmprune.holding import hold, parameter, release
 from rmprune.layers import is_depthwise
 from rmprune.norms import fold_shortcut
@@ -60,7 +62,8 @@ def select(
     """Choose the channels whose score reaches a threshold.
 
     An inner channel of a block goes when its own score is under the threshold (of a depthwise
-    convolution, when it is under it before or behind the convolution), a reserved
+    convolution, when it is under it before or behind the convolution; beside one in wider groups
+    each group keeps equally many or none, see `rmprune.grouping.even_masks`), a reserved
     channel when its shortcut BN's is or when the channel it would copy is gone, an output
     channel when neither the block's last BN nor its shortcut keeps it. A body that has lost
     a whole layer is lost altogether: its block then collapses. Where nothing at all would
@@ -142,23 +145,23 @@ class _Selection:
                 "call rmprune.add_shortcut_bn(model, calibration_batches) first"
             )
         self.tied = self.latest = ()
-        together = _tied(units[:-1])
-        inner = {group: torch.stack([self._above(bn) for bn in group]).all(0) for group in together}
+        inner = self._inner(units)
         reserved = self._above(head)
         if self.live is not None:
             reserved &= self.live
         made = self._above(last)
         apart = self.lowering == "auto" and _receiver(block) is not None
-        body_lives = all(bool(mask.any()) for mask in inner.values())
+        body_lives = all(bool(mask.any()) for mask, _ in inner.values())
         if apart:
             body_lives &= bool(made.any())
         if not body_lives and not reserved.any():
-            inner = {group: self._at_least_one(group[0], mask) for group, mask in inner.items()}
-            body_lives = True
+            inner, body_lives = self._inner(units, at_least_one=True), True
         besides = 0 if apart else int(reserved.sum())  # other rows of the same convolution
-        for group, mask in inner.items():
-            kept = self._rounded(group[0], mask, besides) if body_lives else mask & False
-            self.keep |= dict.fromkeys((bn.name for bn in group), kept)
+        for bns, (mask, sections) in inner.items():
+            kept = mask & False
+            if body_lives:
+                kept = rounded(mask, _scale(bns[0]), sections, self.round_to, besides)
+            self.keep |= dict.fromkeys((bn.name for bn in bns), kept)
         self.keep[head.name] = reserved
 
         made &= body_lives
@@ -189,25 +192,48 @@ class _Selection:
             return kept & reserved.any()
         return (shortcut.weight.cpu() != 0).float() @ reserved.float() > 0
 
-    def _above(self, layer: Layer) -> Tensor:
-        score = _scale(layer) if self.scores is None else self.scores[layer.name]
-        above = (score >= self.threshold).cpu()
-        if layer.name in self.spared and not above.any():
-            above[_scale(layer).argmax()] = True
-        return above
+    def _inner(
+        self, units: Sequence[Unit], at_least_one: bool = False
+    ) -> dict[tuple[Layer, ...], tuple[Tensor, int]]:
+        """Masks of the channels inside of a body, by their BNs, with their number of sections."""
+        runs, groups = _runs(units)
+        tied, scores = [], []
+        for run in runs:
+            bns = tuple(unit.bn for unit in run if unit.bn is not None)
+            score = torch.full((run[0].kernel.out_channels,), math.inf)  # without BN all stay
+            if bns:
+                score = torch.stack([self._score(bn) for bn in bns]).amin(0)
+            if at_least_one and not (score >= self.threshold).any():
+                self.forced.append(bns[0].name)
+                score = score.index_fill(0, _scale(bns[0]).cpu().argmax(), math.inf)
+            tied.append(bns)
+            scores.append(score)
+        masks = even_masks(scores, groups, self.threshold)
+        sections = [math.lcm(*pair) for pair in pairwise(groups)]
+        return {
+            bns: (mask, number)
+            for bns, mask, number in zip(tied, masks, sections, strict=True)
+            if bns
+        }
 
-    def _rounded(
-        self, layer: Layer, mask: Tensor, besides: int = 0, among: Tensor | None = None
-    ) -> Tensor:
+    def _score(self, layer: Layer) -> Tensor:
+        score = (_scale(layer) if self.scores is None else self.scores[layer.name]).cpu()
+        if layer.name in self.spared and not (score >= self.threshold).any():
+            return score.index_fill(0, _scale(layer).cpu().argmax(), math.inf)
+        return score
+
+    def _above(self, layer: Layer) -> Tensor:
+        return self._score(layer) >= self.threshold
+
+    def _rounded(self, layer: Layer, mask: Tensor, among: Tensor | None = None) -> Tensor:
         """The mask with the next largest scales, so that the width is a multiple.
 
         Args:
             layer: The BN.
             mask: ``(channels,)`` of bool.
-            besides: Channels that count, too.
             among: Where channels may come back; everywhere if None.
         """
-        missing = -(int(mask.sum()) + besides) % self.round_to
+        missing = -int(mask.sum()) % self.round_to
         return with_more(mask, _scale(layer), missing, among)
 
     def _at_least_one(self, layer: Layer, mask: Tensor) -> Tensor:
@@ -241,17 +267,35 @@ def _scale(layer: Layer) -> Tensor:
     return weight.detach().abs()
 
 
-def _tied(units: Sequence[Unit]) -> list[tuple[Layer, ...]]:
-    """The BNs of a body, those together whose channels are the same: around depthwise layers."""
-    groups: list[tuple[Layer, ...]] = []
-    before: Layer | None = None
-    for unit in units:
-        if unit.bn is not None and before is not None and is_depthwise(unit.kernel):
-            groups[-1] += (unit.bn,)
-        elif unit.bn is not None:
-            groups.append((unit.bn,))
-        before = unit.bn
-    return groups
+def inner_sections(units: Sequence[Unit]) -> dict[str, int]:
+    """In how many sections the channels of each BN inside of a body come, by its path.
+
+    Each of them keeps equally many; see `rmprune.grouping`.
+    """
+    runs, groups = _runs(units)
+    return {
+        unit.bn.name: math.lcm(*around)
+        for run, around in zip(runs, pairwise(groups), strict=True)
+        for unit in run
+        if unit.bn is not None
+    }
+
+
+def _runs(units: Sequence[Unit]) -> tuple[list[list[Unit]], list[int]]:
+    """The tensors inside of a body: each convolution with the depthwise ones behind it.
+
+    Returns:
+        These, and the groups of the convolutions around them, one more. A depthwise convolution
+        counts as one group, since it loses channels one by one.
+    """
+    runs: list[list[Unit]] = []
+    for unit in units[:-1]:
+        if runs and is_depthwise(unit.kernel):
+            runs[-1].append(unit)
+        else:
+            runs.append([unit])
+    around = [run[0].kernel for run in runs] + [units[-1].kernel]
+    return runs, [1 if is_depthwise(conv) else conv.groups for conv in around]
 
 
 def _last_bn(units: list[Unit]) -> Layer:
