@@ -28,7 +28,8 @@ from rmprune.selection import Masks
 def plain_scales(net: PlainNet) -> dict[str, Tensor]:
     """Scales of the channels that can be removed, ``(channels,)`` by convolution.
 
-    A channel that goes through depthwise convolutions has the smallest scale of all.
+    A channel that goes through depthwise convolutions has the smallest scale of all. Channels that
+    a group norm normalises together go together: each has the mean of their scales.
 
     Raises:
         PruningError: A convolution has no BN.
@@ -41,7 +42,11 @@ def plain_scales(net: PlainNet) -> dict[str, Tensor]:
                     f"layer {name!r} has no BN; give the net BNs with rmprune.rewrite.calibrate_bn"
                 )
         weights = [bn.weight.detach().abs() for bn in joint.bns.values() if bn is not None]
-        scales[joint.name] = torch.stack(weights).amin(0)
+        scale = torch.stack(weights).amin(0)
+        for norm in joint.group_norms:
+            groups = norm.by_group()
+            scale[groups] = scale[groups].mean(1, keepdim=True)
+        scales[joint.name] = scale
     return scales
 
 

@@ -205,7 +205,7 @@ def built(layers: str, state: Mapping[str, Tensor]) -> PlainNet:
     """
     net = _build(_from_json(layers))
     _check_fit(net, dict(state))
-    net.to_empty(device="cpu").load_state_dict(state)
+    net.load_state_dict(_copies(state), assign=True)
     return net.eval()
 
 

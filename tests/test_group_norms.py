@@ -16,13 +16,17 @@ from rmprune.convert import convert
 from rmprune.equalization import equalize
 from rmprune.errors import ExportError
 from rmprune.export import difference_of, export
+from rmprune.joints import joints_of
 from rmprune.layers import PartialGroupNorm
 from rmprune.lowering import lower
 from rmprune.measure import count_macs
 from rmprune.memory import activation_memory
 from rmprune.models.rgsnet import rgsnet
 from rmprune.plain import PlainNet
+from rmprune.plain_selection import plain_scales, select_plain
 from rmprune.removal import prune
+from rmprune.rewrite import calibrate_bn
+from rmprune.store import built, layers_of
 
 X = torch.randn(2, 3, 14, 11, generator=torch.Generator().manual_seed(0)).double()
 
@@ -155,6 +159,28 @@ def plain():
 def test_a_net_with_a_group_norm_is_saved(tmp_path, plain):
     rmprune.save(plain, tmp_path / "net.safetensors")
     assert torch.equal(rmprune.load(tmp_path / "net.safetensors")(X), plain(X))
+
+
+def test_a_net_with_a_group_norm_is_built_again_from_its_layers(plain):
+    again = built(layers_of(plain), plain.state_dict())
+    for name, norm in again.named_modules():
+        if isinstance(norm, PartialGroupNorm):
+            assert torch.equal(norm.indices, plain.get_submodule(name).indices)
+            assert torch.equal(norm.source, plain.get_submodule(name).source)
+    assert torch.equal(again(X), plain(X))
+
+
+def test_channels_of_a_group_are_selected_together(plain):
+    net = calibrate_bn(plain, [X])
+    scales = plain_scales(net)
+    masks = select_plain(net, torch.cat([*scales.values()]).median().item(), scales)
+    groups = [
+        masks.keep[joint.name][norm.by_group()]
+        for joint in joints_of(net)
+        for norm in joint.group_norms
+    ]
+    assert not all(mask.all() for mask in groups)
+    assert all(torch.equal(mask.all(1), mask.any(1)) for mask in groups)
 
 
 def test_costs(plain):
