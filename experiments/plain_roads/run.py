@@ -7,7 +7,9 @@ What stands in results.csv is not trained again; all nets are timed in one run a
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import click
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from torch.nn.functional import cross_entropy
 
 from rmprune.backends import Platform, time_deployed
 from rmprune.checkpoints import Task, pick_device
@@ -25,7 +28,7 @@ from rmprune.models import create_model
 from rmprune.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 from rmprune.reports import environment
 from rmprune.store import load, save, write_csv
-from rmprune.training import TrainingConfig, fit
+from rmprune.training import TrainingConfig, fit, make_optimizer, memory_format
 
 HERE = Path(__file__).parent
 # The ResNet that they are compared with, then the roads: label, colour, marker.
@@ -39,6 +42,7 @@ ROADS = {
     "rgsnet26_base_quarter": ("RGSNet by RM", PURPLE, "D"),
     "pnnh_resnet20": ("PNNH", GREEN, "P"),
 }
+STEPS = 5  # timed of each
 PANELS = {  # columns: label, and by what the values are divided
     "params": ("parameters of the plain net, millions", 1e6),
     "latency_ms": ("latency of the plain net, ms", 1),
@@ -51,9 +55,7 @@ def train(name: str, config: TrainingConfig, data: Dataset, out: Path) -> dict[s
     device = pick_device("auto")
     torch.manual_seed(config.seed)
     model = create_model(name, num_classes=len(data.classes))
-    began = time.perf_counter()
     results = fit(model, data, config, device=device)
-    seconds = time.perf_counter() - began
     model.cpu()
     example = Task.of(data).example_input()
     plain = convert(model, example, keep_bn=False)
@@ -68,13 +70,43 @@ def train(name: str, config: TrainingConfig, data: Dataset, out: Path) -> dict[s
         "params": count_params(plain),
         "training_macs": count_macs(model, example),
         "macs": count_macs(plain, example),
-        # With the evaluation behind every epoch, which is alike for all.
-        "images_per_s": config.epochs * len(data.train.labels) / seconds,
     }
 
 
+def training_step(name: str, batch_size: int, data: Dataset) -> Callable[[], None]:
+    """A step of a network's training: forward, backward, SGD."""
+    device = pick_device("auto")
+    model = create_model(name, num_classes=len(data.classes)).train().to(device)
+    model.to(memory_format=memory_format(model, device))
+    optimizer = make_optimizer(model, TrainingConfig(1))
+    images = Task.of(data).example_input(device).repeat(batch_size, 1, 1, 1)[:batch_size]
+    labels = torch.zeros(batch_size, dtype=torch.long, device=device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        loss.item()  # waits for the device
+
+    return step
+
+
+def training_speed(names: Sequence[str], batch_size: int, data: Dataset) -> list[float]:
+    """Images a second in training: medians of steps, all networks in turn."""
+    steps = [training_step(name, batch_size, data) for name in names]
+    seconds: list[list[float]] = [[] for _ in names]
+    for turn in range(STEPS + 1):
+        for step, taken in zip(steps, seconds, strict=True):
+            began = time.perf_counter()
+            step()
+            if turn:  # the first of each is slower
+                taken.append(time.perf_counter() - began)
+    return [batch_size / statistics.median(taken) for taken in seconds]
+
+
 def timed(table: pd.DataFrame, data: Dataset, platform: Platform, out: Path) -> pd.DataFrame:
-    """The table with the latencies of all nets, in turn, beside those of the residual network."""
+    """The table with latencies and training speeds, each measured of all in one run, in turn."""
     example = Task.of(data).example_input()
     nets = {name: load(out / "nets" / f"{name}.safetensors") for name in table["model"]}
     timings = time_deployed(nets, example, platform)
@@ -82,6 +114,7 @@ def timed(table: pd.DataFrame, data: Dataset, platform: Platform, out: Path) -> 
         latency_ms=[timings[name].median_ms for name in table["model"]],
         latency_iqr_ms=[timings[name].iqr_ms for name in table["model"]],
         backend=platform.backend,
+        images_per_s=training_speed(table["model"], int(table["batch_size"][0]), data),
     )
 
 
