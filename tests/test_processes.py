@@ -113,7 +113,7 @@ def trained():
     penalty = Penalty(scales, 0.01, dict.fromkeys(scales, 1.0))
     batches = [(torch.randn(20, 3, 8, 8).double(), torch.randint(10, (20,))) for _ in range(4)]
     part = processes.part(20)
-    loss_of = training._loss_function(
+    loss_of, _ = training._functions(
         training._shared(model, 20),
         None,
         CONFIG.training(),
@@ -123,7 +123,7 @@ def trained():
     )
     with synchronized(model):
         loss = training._train_epoch(
-            [(x[part], y[part]) for x, y in batches],
+            [(x[part], y[part], None) for x, y in batches],
             [0.01] * 4,
             [1.0] * 4,
             loss_of,

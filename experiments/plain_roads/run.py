@@ -27,7 +27,7 @@ from rmprune.measure import count_macs, count_params, evaluate
 from rmprune.models import create_model
 from rmprune.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 from rmprune.reports import environment
-from rmprune.store import load, save, write_csv
+from rmprune.store import write_csv
 from rmprune.training import TrainingConfig, fit, make_optimizer, memory_format
 
 HERE = Path(__file__).parent
@@ -50,8 +50,8 @@ PANELS = {  # columns: label, and by what the values are divided
 }
 
 
-def train(name: str, config: TrainingConfig, data: Dataset, out: Path) -> dict[str, Any]:
-    """Train one network, convert it and save the plain net; a row of results."""
+def train(name: str, config: TrainingConfig, data: Dataset) -> dict[str, Any]:
+    """Train one network and convert it; a row of results."""
     device = pick_device("auto")
     torch.manual_seed(config.seed)
     model = create_model(name, num_classes=len(data.classes))
@@ -59,7 +59,6 @@ def train(name: str, config: TrainingConfig, data: Dataset, out: Path) -> dict[s
     model.cpu()
     example = Task.of(data).example_input()
     plain = convert(model, example, keep_bn=False)
-    save(plain, out / "nets" / f"{name}.safetensors")
     cpu = torch.device("cpu")
     correct, images = evaluate(plain, data.test, mean=data.mean, std=data.std, device=cpu)
     return {
@@ -105,16 +104,22 @@ def training_speed(names: Sequence[str], batch_size: int, data: Dataset) -> list
     return [batch_size / statistics.median(taken) for taken in seconds]
 
 
-def timed(table: pd.DataFrame, data: Dataset, platform: Platform, out: Path) -> pd.DataFrame:
-    """The table with latencies and training speeds, each measured of all in one run, in turn."""
+def timed(table: pd.DataFrame, data: Dataset, platform: Platform) -> pd.DataFrame:
+    """The table with latencies and training speeds, each measured of all in one run, in turn.
+
+    Weights are random: time does not depend on them.
+    """
     example = Task.of(data).example_input()
-    nets = {name: load(out / "nets" / f"{name}.safetensors") for name in table["model"]}
+    nets = {
+        name: convert(create_model(name, num_classes=len(data.classes)).eval(), example)
+        for name in table["model"]
+    }
     timings = time_deployed(nets, example, platform)
     return table.assign(
         latency_ms=[timings[name].median_ms for name in table["model"]],
         latency_iqr_ms=[timings[name].iqr_ms for name in table["model"]],
         backend=platform.backend,
-        images_per_s=training_speed(table["model"], int(table["batch_size"][0]), data),
+        images_per_s=training_speed(table["model"], int(table["train_batch_size"][0]), data),
     )
 
 
@@ -158,17 +163,18 @@ def main(
     data = load_data(spec, image_size=32)
     config = TrainingConfig(epochs, lr=lr, batch_size=batch_size, seed=seed, compile="off")
     platform = Platform(backend)
-    (out / "nets").mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     path = out / "results.csv"
     rows = pd.read_csv(path).to_dict("records") if path.exists() else []
-    settings = {"data": spec, "epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed}
+    settings = {"data": spec, "epochs": epochs, "lr": lr, "seed": seed}
+    settings["train_batch_size"] = batch_size  # latencies have a batch size of their own
     for name in models:
         if any(row["model"] == name for row in rows):
             continue
-        rows.append(train(name, config, data, out) | settings | environment())
+        rows.append(train(name, config, data) | settings | environment())
         write_csv(pd.DataFrame(rows), path)
         print(f"{name}: {100 * rows[-1]['accuracy']:.2f} %", flush=True)
-    table = timed(pd.DataFrame(rows), data, platform, out)
+    table = timed(pd.DataFrame(rows), data, platform)
     write_csv(table, path)
     print(table[["model", "accuracy", *PANELS]].to_string(index=False))
     draw(table).savefig(out / "roads.png", dpi=200)
