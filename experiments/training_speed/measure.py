@@ -33,6 +33,7 @@ from rmprune.slimming import Penalty, add_shortcut_bn, scale_parameters
 from rmprune.training import TrainingConfig, autocast_dtype, fit
 
 BATCH_SIZE = 128
+EVALUATION_BATCH_SIZE = 100  # the default of `evaluate`; of 32 to 250 the fastest for both loops
 SPARSITY = 1e-4
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -53,14 +54,15 @@ class Setting:
         batches = calibration_batches(self.data, self.device)
         return add_shortcut_bn(self.residual().eval(), batches).to(self.device)
 
-    def in_memory(self, layout: torch.memory_format) -> Iterator[tuple[Tensor, Tensor]]:
+    def in_memory(
+        self, layout: torch.memory_format, batch_size: int = BATCH_SIZE
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches without augmentation, as one would write it down."""
         train = resident(self.data.train, self.device)
         statistics_of = (self.data.mean, self.data.std)
         mean, std = (torch.tensor(t, device=self.device).view(1, 3, 1, 1) for t in statistics_of)
-        for index in torch.randperm(len(train.labels), device=train.labels.device).split(
-            BATCH_SIZE
-        ):
+        order = torch.randperm(len(train.labels), device=train.labels.device)
+        for index in order.split(batch_size):
             images = ((train.images[index].to(self.device) / 255 - mean) / std).contiguous(
                 memory_format=layout
             )
@@ -203,7 +205,7 @@ def evaluation_by_hand(
             torch.inference_mode(),
             torch.autocast(setting.device.type, torch.bfloat16, enabled=bf16),
         ):
-            for images, labels in setting.in_memory(layout):
+            for images, labels in setting.in_memory(layout, EVALUATION_BATCH_SIZE):
                 correct += (model(images).argmax(1) == labels).sum()
         correct.item()
 
@@ -219,6 +221,7 @@ def rmprune_evaluation(setting: Setting) -> Callable[[], None]:
         mean=setting.data.mean,
         std=setting.data.std,
         device=setting.device,
+        batch_size=EVALUATION_BATCH_SIZE,
         autocast=autocast_dtype("auto", setting.device),
         memory_format=torch.channels_last,
     )
