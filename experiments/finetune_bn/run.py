@@ -29,7 +29,12 @@ from rmprune.store import write_csv
 from rmprune.training import fit
 
 HERE = Path(__file__).parent
-VARIANTS = ("residual, masked", "plain, with BN", "plain, without BN", "plain, Dirac filters held")
+VARIANTS = (
+    "residual, masked",
+    "plain, with BN",
+    "plain, without BN",
+    "plain, with BN, Dirac filters held",
+)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
 
@@ -52,13 +57,11 @@ class Fixed(nn.Module):
 
 
 def hold_dirac_filters(net: nn.Module) -> None:
-    """Hold the filters that only pass a channel on, and their biases."""
+    """Hold the filters that only pass a channel on, in a net with BNs."""
     for conv in (module for module in net.modules() if isinstance(module, nn.Conv2d)):
-        taps = (conv.weight != 0).flatten(1).sum(1)
-        free = (taps != 1) | (conv.weight.flatten(1).sum(1) != 1)
+        # One weight: a shortcut's scale is in it, so that it need not be 1.
+        free = (conv.weight != 0).flatten(1).sum(1) != 1
         parametrize.register_parametrization(conv, "weight", Fixed(conv.weight, free))
-        if conv.bias is not None:
-            parametrize.register_parametrization(conv, "bias", Fixed(conv.bias, free))
 
 
 def variant_of(name: str, masked: Checkpoint, data: Dataset) -> nn.Module:
@@ -66,9 +69,10 @@ def variant_of(name: str, masked: Checkpoint, data: Dataset) -> nn.Module:
     if name == "residual, masked":
         return masked.build()
     net = plain_of(masked)
-    if name == "plain, with BN":
-        return calibrate_bn(net, calibration_batches(data, torch.device("cpu")))
-    if name == "plain, Dirac filters held":
+    if name == "plain, without BN":
+        return net
+    net = calibrate_bn(net, calibration_batches(data, torch.device("cpu")))
+    if name == "plain, with BN, Dirac filters held":
         hold_dirac_filters(net)
     return net
 
