@@ -21,7 +21,7 @@ def has_slim_form(model: nn.Module) -> bool:
     """
     try:
         blocks = parse(trace(model, copied=False)).blocks
-        return all(split_units(block.body)[-1].bn is not None for block in blocks)
+        return bool(blocks) and all(split_units(b.body)[-1].bn is not None for b in blocks)
     except ConversionError:
         return False
 

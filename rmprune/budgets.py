@@ -13,7 +13,6 @@ from rmprune.backends import repeated, time_deployed
 from rmprune.checkpoints import Checkpoint, SlimConfig, Task, pick_device
 from rmprune.costs import Cost, LayerCosts, counted, latency_table, measured, sites
 from rmprune.data import Dataset, hold_out
-from rmprune.errors import UsageError
 from rmprune.measure import count_macs, count_params, evaluate
 from rmprune.models import create_model
 from rmprune.store import write_csv
@@ -33,8 +32,9 @@ def layer_costs(
     """
     if cost != "latency":
         return counted(cost)
+    # Nets with additions and plain ones have other layers.
     settings = (config.backend, config.threads, config.latency_batch, config.round_to)
-    path = folder / f"latency-{'-'.join(map(str, settings))}.csv"
+    path = folder / f"latency-{'-'.join(map(str, (*settings, config.lowering)))}.csv"
     if not path.exists():
         layers = sites(network(), task.example_input())
         write_csv(latency_table(layers, config.platform, config.round_to), path)
@@ -84,14 +84,7 @@ def smallest_within_drop(
         config: With the share that was held out.
         data: Whose held-out images count.
 
-    Raises:
-        UsageError: None were held out.
     """
-    if config.holdout == 0:
-        raise UsageError(
-            "a target of accuracy needs training images that no training has seen: "
-            "train with --holdout 0.1, say"
-        )
     _, held_out = hold_out(data, config.holdout)
     device = pick_device(config.device)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,13 @@ from rmprune.training import Precision, Schedule, TrainingConfig
 
 Scope = Literal["all", "inner"]
 CALIBRATION_IMAGES = 1024
+# Settings of how a training runs, on which what it learns does not depend, or hardly.
+HOW = frozenset({"device", "data_root", "log", "compile", "precision", "sync_bn"})
+# Settings of what comes after sparsity training.
+LATER = frozenset(
+    {"threshold", "target", "importance", "round_to", "prune_steps", "scope", "lowering"}
+    | {"backend", "threads", "latency_batch", "finetune_epochs", "finetune_lr"}
+)
 
 
 @dataclass(frozen=True)
@@ -123,9 +130,24 @@ class SlimConfig:
         if self.distill and self.weights is None:
             raise UsageError("to distill, name the trained weights to learn from: --weights")
         if self.target is not None:
-            Target.parse(self.target)
+            kind = Target.parse(self.target).kind
+            if kind == "accuracy-drop" and self.holdout == 0:
+                raise UsageError(
+                    "a target of accuracy needs training images that no training has seen: "
+                    "train with --holdout 0.1, say"
+                )
         elif self.prune_steps > 1:
             raise UsageError("channels go in several steps towards a --target; name one")
+        # What these refuse shall be refused before any training.
+        _ = self.training(), self.finetuning(), self.platform
+
+    def changed(self, other: SlimConfig, but: Collection[str] = ()) -> list[str]:
+        """What differs from other settings, as ``--option was VALUE``, but for some of them."""
+        return [
+            f"--{field.name.replace('_', '-')} was {getattr(self, field.name)}"
+            for field in dataclasses.fields(self)
+            if field.name not in but and getattr(self, field.name) != getattr(other, field.name)
+        ]
 
     def training(self) -> TrainingConfig:
         """Settings of the sparsity training."""
@@ -263,6 +285,29 @@ class Checkpoint:
                 "or finetuned.pt of a run folder; a model's weights are given by --weights"
             ) from error
 
+    def resumed(self, path: Path, but: Collection[str] = ()) -> Checkpoint:
+        """The checkpoint at a path, to go on with, or this one where there is none.
+
+        Args:
+            path: Where the stage that begins with this checkpoint keeps its own.
+            but: Settings that the stage does not depend on.
+
+        Raises:
+            UsageError: The one at the path was made with other settings.
+        """
+        if not path.exists():
+            return self
+        found = Checkpoint.load(path)
+        changed = found.config.changed(self.config, {*HOW, *but})
+        if found.stage != self.stage:
+            changed = [f"it is {found.stage}", *changed]
+        if changed:
+            raise UsageError(
+                f"{path} is of a run with other settings: {', '.join(changed)}; give those, or "
+                "another --out"
+            )
+        return found
+
     def build(self, device: torch.device | str = "cpu") -> nn.Module:
         """The slimmable model, with its weights and under its masks, in evaluation mode.
 
@@ -285,7 +330,13 @@ class Checkpoint:
                 narrow(slim, self.narrowed)
             if self.masks is not None:
                 apply_masks(slim, self.masks)
-        slim.load_state_dict(self.model)
+        try:
+            slim.load_state_dict(self.model)
+        except RuntimeError as error:
+            raise StoreError(
+                f"these are no weights of {self.config.model} as rmprune trains it, but of "
+                f"{self.stage!r}: {first_line(error)}"
+            ) from error
         return slim.to(device).eval()
 
 
@@ -339,9 +390,11 @@ def calibration_batches(data: Dataset, device: torch.device) -> list[Tensor]:
     return [images for images, _ in batches]
 
 
-def run_calibration(config: SlimConfig, data: Dataset) -> list[Tensor]:
-    """The same on the CPU, of those images that a run trains on."""
-    return calibration_batches(hold_out(data, config.holdout)[0], torch.device("cpu"))
+def run_calibration(
+    config: SlimConfig, data: Dataset, device: torch.device | str = "cpu"
+) -> list[Tensor]:
+    """The same, of those images that a run trains on."""
+    return calibration_batches(hold_out(data, config.holdout)[0], torch.device(device))
 
 
 def deploy(checkpoint: Checkpoint, choose: Choose | None = None) -> PlainNet:

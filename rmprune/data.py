@@ -5,6 +5,7 @@ Small data sets are arrays of uint8 in memory, large image folders stay files.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -42,6 +43,14 @@ class Split:
         images = self.images
         chosen = images.at(positions) if isinstance(images, ImageFiles) else images[positions]
         return Split(chosen, self.labels[positions])
+
+    def digest(self) -> str:
+        """A name for these images: of their pixels, or of the files' names and the size."""
+        pixels = self.images
+        array = pixels.files if isinstance(pixels, ImageFiles) else pixels.cpu().numpy()
+        found = hashlib.sha256(repr(pixels.shape).encode())
+        found.update(np.ascontiguousarray(array).view(np.uint8).data)
+        return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -197,13 +206,18 @@ def hold_out(data: Dataset, share: float) -> tuple[Dataset, Split]:
         The data with fewer training images, and the images held out.
 
     Raises:
-        UsageError: The share leaves nothing to train with.
+        UsageError: The share leaves nothing to train with, or nothing to hold out.
     """
     if not 0 <= share < 1:
         raise UsageError(f"the share to hold out must lie in [0, 1), but it is {share:g}")
     order = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(0))
-    kept = order[round(share * len(order)) :].sort().values
-    held = order[: round(share * len(order))].sort().values
+    count = round(share * len(order))
+    if share > 0 and not 0 < count < len(order):
+        raise UsageError(
+            f"of {len(order)} training images a share of {share:g} is {count}, which leaves "
+            f"nothing to {'measure' if count == 0 else 'train'} with; choose another --holdout"
+        )
+    kept, held = order[count:].sort().values, order[:count].sort().values
     if share == 0:
         return data, data.train.at(held)
     return replace(data, train=data.train.at(kept)), data.train.at(held)

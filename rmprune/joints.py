@@ -60,6 +60,11 @@ class Joint:
         return math.lcm(self.producer.groups, self.consumer_groups)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all channels must stay: groups of convolutions and of a norm lie across."""
+        return self.sections > 1 and bool(self.group_norms)
+
+    @property
     def positions(self) -> int:
         """How many numbers of each channel the consumer reads side by side: a flattened map."""
         channels = len(self.producer.weight)
@@ -90,8 +95,12 @@ class Joint:
                 values = module(values[None, :, None, None]).flatten()
             if isinstance(module, nn.BatchNorm2d):
                 off |= module.weight == 0
-            if isinstance(module, PartialGroupNorm):  # what it makes of a constant is none
-                empty[list(module.channels)] = off[list(module.channels)] = False
+            if isinstance(module, PartialGroupNorm):
+                groups = module.by_group().to(empty.device)
+                # What it makes of a constant is none, but where the whole group is constant.
+                moving = groups[~(empty | off)[groups].all(1)].flatten()
+                empty[moving] = off[moving] = False
+                values = module(values[None, :, None, None].expand(-1, -1, 1, 2))[0, :, 0, 0]
         if not ((empty | off).cpu() & alive).any():
             return
         if _pads(self.consumer):

@@ -126,7 +126,9 @@ class Clamp(nn.Module):
         return cls(lower)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(N, num_channels, H, W)`` to the same shape."""
+        """``(N, num_channels, H, W)`` or ``(N, num_channels)`` to the same shape."""
+        if x.ndim == 2:
+            return self.forward(x[:, :, None, None])[:, :, 0, 0]
         x = torch.maximum(x, self.lower)
         return x if self.upper is None else torch.minimum(x, self.upper)
 

@@ -74,7 +74,7 @@ def select_plain(
     """Choose the channels whose score reaches a threshold; of every layer at least one.
 
     On either side of a convolution in groups all groups keep equally many channels, or none, see
-    `rmprune.grouping.even_masks`.
+    `rmprune.grouping.even_masks`; beside a group norm, too, they keep all.
 
     Args:
         net: With BNs, see `plain_scales`.
@@ -97,15 +97,20 @@ def select_plain(
     groups = [joint.producer.groups for joint in joints] + [
         joint.consumer_groups for joint in joints[-1:]
     ]
-    forced = [name for name in scales if not (scores[name] >= threshold).any()]
-    best = {name: scales[name].argmax() for name in forced}
-    spared = [
-        scores[name].index_fill(0, best[name], math.inf) if name in best else scores[name]
-        for name in scales
-    ]
+    spared, forced = [], []
+    for joint in joints:
+        score = scores[joint.name]
+        if joint.is_whole:
+            score = torch.full_like(score, math.inf)
+        elif not (score >= threshold).any():
+            forced.append(joint.name)
+            score = score.index_fill(0, scales[joint.name].argmax(), math.inf)
+        spared.append(score)
     masks = even_masks(spared, groups, threshold)
     keep = {
-        joint.name: rounded(mask, scales[joint.name], joint.sections, round_to)
+        joint.name: torch.ones_like(mask)
+        if joint.is_whole
+        else rounded(mask, scales[joint.name], joint.sections, round_to)
         for joint, mask in zip(joints, masks, strict=True)
     }
     return Masks(keep, tuple(forced))

@@ -109,7 +109,7 @@ def _evenly(joint: Joint, alive: Tensor) -> Tensor:
     """The channels that stay so that groups stay what they are, ``(n,)``: some dead ones, too."""
     if joint.sections == 1:
         return alive.nonzero().flatten()
-    if joint.group_norms:  # part of one of their groups must not stay
+    if joint.is_whole:
         return torch.arange(len(alive))
     parts = alive.view(joint.sections, -1)
     fullest = int(parts.sum(1).max())

@@ -121,7 +121,7 @@ def _without_empty_taps(module: nn.Module) -> nn.Module:
     centre = module.weight[:, :, rows // 2, columns // 2].detach()
     same = tuple(d * (k // 2) for d, k in zip(module.dilation, module.kernel_size, strict=True))
     only_centre = torch.count_nonzero(module.weight) == torch.count_nonzero(centre)
-    if module.padding != same or not only_centre:
+    if rows % 2 == 0 or columns % 2 == 0 or module.padding != same or not only_centre:
         return module
     return pointwise(centre[:, :, None, None], module.bias, module.stride, module.groups)
 
@@ -147,7 +147,11 @@ def pointwise(
 
 
 def _is_pointwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+    return isinstance(module, nn.Conv2d) and _reads_one_pixel(module) and module.groups == 1
+
+
+def _reads_one_pixel(conv: nn.Conv2d) -> bool:
+    return conv.kernel_size == (1, 1) and conv.padding in ((0, 0), "valid")
 
 
 def _compose_pointwise(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
@@ -220,7 +224,7 @@ def _absorb_diagonals(layers: list[tuple[str, nn.Module]]) -> list[tuple[str, nn
 
 def _is_absorbable(conv: nn.Conv2d) -> bool:
     depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.stride == (1, 1)
-    pointwise = conv.kernel_size == (1, 1) and bool((conv.weight > 0).all())
+    pointwise = _reads_one_pixel(conv) and bool((conv.weight > 0).all())
     # What is positive by rounding alone must not keep a layer alive.
     rounding = 8 * torch.finfo(conv.weight.dtype).eps
     return depthwise and pointwise and (conv.bias is None or bool((conv.bias <= rounding).all()))

@@ -26,16 +26,18 @@ from torch import nn
 
 from rmprune.blocks import has_slim_form
 from rmprune.checkpoints import (
+    LATER,
     Checkpoint,
     SlimConfig,
     Task,
-    calibration_batches,
     deploy,
     pick_device,
+    run_calibration,
     trained_model,
 )
 from rmprune.convert import convert
 from rmprune.data import Dataset, hold_out
+from rmprune.errors import UsageError
 from rmprune.logs import as_table, opened
 from rmprune.lowering import Choose, likeliest
 from rmprune.plots import plot_run
@@ -60,15 +62,16 @@ def train(
     path = folder / "sparse.pt"
 
     def begin() -> Checkpoint:
-        write_json(dataclasses.asdict(config), folder / "config.json")
         if path.exists():
-            return Checkpoint.load(path)
+            asked = Checkpoint("sparse", config, Task.of(data), {})
+            return asked.resumed(path, but=LATER)
+        write_json(dataclasses.asdict(config), folder / "config.json")
         torch.manual_seed(config.seed)
         model = trained_model(config, len(data.classes)).to(device)
         task = Task.of(data)
         if not has_slim_form(model):  # what cannot be pruned shall be refused before training
             convert(model.eval(), task.example_input(device))
-        slim = slimmable(model, calibration_batches(data, device)).cpu()
+        slim = slimmable(model, run_calibration(config, data, device)).cpu()
         return Checkpoint("sparse", config, task, slim.state_dict())
 
     checkpoint = agreed(begin)
@@ -138,8 +141,13 @@ def finetune(
     """Fine-tune under the masks, going on where ``finetuned.pt`` stands; save the net."""
     device = pick_device(config.device)
     path = folder / "finetuned.pt"
+    if masked.stage != "masked":
+        raise UsageError(
+            f"this checkpoint is {masked.stage}, and what is fine-tuned is the masked.pt that "
+            "`rmprune prune` wrote"
+        )
     new = replace(masked, stage="finetuned", config=config)
-    checkpoint = agreed(lambda: Checkpoint.load(path) if path.exists() else new)
+    checkpoint = agreed(lambda: new.resumed(path))
     slim = checkpoint.build(device)
     checkpoint = fit_kept(
         slim, checkpoint, config.finetuning(), data, path, device, track, lessons=lessons
@@ -163,9 +171,9 @@ def finetune_plain(
     """
     device = pick_device(config.device)
     path, result = plain_paths(folder, source)
-    net = calibrate_bn(load(source).to(device), calibration_batches(data, device))
+    net = calibrate_bn(load(source).to(device), run_calibration(config, data, device))
     new = Checkpoint("plain", config, Task.of(data), net.state_dict())
-    checkpoint = agreed(lambda: Checkpoint.load(path) if path.exists() else new)
+    checkpoint = agreed(lambda: new.resumed(path))
     net.load_state_dict(checkpoint.model)
     checkpoint = fit_kept(net, checkpoint, config.finetuning(), data, path, device, track)
     if is_first():
@@ -182,6 +190,7 @@ def report(
 ) -> pd.DataFrame:
     """Measure the model at the begin, after both trainings, and pruned; write table and picture."""
     config = sparse.config
+    torch.manual_seed(config.seed)  # as `train` does, whose random weights these are
     net = load(folder / "net.safetensors")
     original = trained_model(config, len(data.classes)).eval()
     before, after = "residual", "residual, fine-tuned under masks"

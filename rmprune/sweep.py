@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +27,15 @@ from torch import nn
 from rmprune import pruning, runs
 from rmprune.backends import Backend, Platform, time_deployed
 from rmprune.budgets import deployed_ratio
-from rmprune.checkpoints import Checkpoint, SlimConfig, Task, deploy, pick_device, trained_model
+from rmprune.checkpoints import (
+    LATER,
+    Checkpoint,
+    SlimConfig,
+    Task,
+    deploy,
+    pick_device,
+    trained_model,
+)
 from rmprune.data import Dataset
 from rmprune.errors import UsageError
 from rmprune.measure import count_macs, count_params, evaluate
@@ -92,15 +101,28 @@ class Sweep:
         for method in self.methods:
             if method not in METHODS:
                 raise UsageError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-        if self.base.prune_steps > 1 and set(self.methods) & set(get_args(Rival)):
+        if self.base.prune_steps > 1 and self._rivals:
             raise UsageError("Torch-Pruning fine-tunes once: no --prune-steps beside its methods")
         if not self.levels:
             raise UsageError("a sweep needs levels to prune to: --threshold or --target")
+        names = [model for model, _ in self.models]
+        for what in (names, self.methods, self.sparsities, self.levels, self.seeds):
+            for value, count in Counter(what).items():
+                if count > 1:
+                    raise UsageError(
+                        f"{value} is given {count} times; once is enough, and the same model with "
+                        "other weights needs a sweep of its own"
+                    )
         for level in self.levels:
             if level.startswith("threshold="):
                 pruning.check_importance(self.base.importance)
-            else:
-                Target.parse(level)
+            elif Target.parse(level).kind == "accuracy-drop" and self._rivals:
+                raise UsageError(f"{self._rivals[0]} knows no target of accuracy; leave it out")
+            self.leveled(self.base, level)  # which refuses what it cannot do
+
+    @property
+    def _rivals(self) -> list[str]:
+        return [method for method in self.methods if method in get_args(Rival)]
 
     def trainings(self) -> Iterator[tuple[Method, SlimConfig]]:
         """Every training, with its settings."""
@@ -171,8 +193,9 @@ def run(
         for row, net in rows:
             if net is not None:
                 write_bytes(net, folder / "nets" / row["net"])
-            key = _key(task.method, task.config, level)
-            _append(folder, {**key, **row, "seconds": seconds})
+        key = _key(task.method, task.config, level)
+        _append(folder, [{**key, **row, "seconds": seconds} for row, _ in rows])
+        for row, _ in rows:
             say(f"[{number}/{points}] {_in_words(task.method, task.config, level, row)}")
 
     start([task for task in trainings if task.levels])
@@ -285,13 +308,24 @@ def _is_done(folder: Path, method: str, config: SlimConfig, level: str) -> bool:
     rows = results(folder)
     for column, value in _key(method, config, level).items():
         rows = rows[rows[column] == value]
+    if method != "original":
+        for column in ("epochs", "finetune_epochs"):
+            others = set(rows[column].dropna()) - {getattr(config, column)}
+            if others:
+                option = f"--{column.replace('_', '-')}"
+                raise UsageError(
+                    f"{folder} has {method} {level} with {option} {others.pop():g}; give the same, "
+                    "or another --out"
+                )
     return not rows.empty
 
 
-def _append(folder: Path, row: Mapping[str, Any]) -> None:
+def _append(folder: Path, new: Sequence[Mapping[str, Any]]) -> None:
+    """Add all rows of a point at once: one that has any row is finished."""
     rows = results(folder)
-    new = {**row, "hardware": environment()["hardware"]}
-    write_csv(pd.DataFrame([*records(rows), new], columns=rows.columns), folder / "results.csv")
+    hardware = environment()["hardware"]
+    table = [*records(rows), *({**row, "hardware": hardware} for row in new)]
+    write_csv(pd.DataFrame(table, columns=rows.columns), folder / "results.csv")
 
 
 def _in_words(method: str, config: SlimConfig, level: str, row: Mapping[str, Any]) -> str:
@@ -310,7 +344,7 @@ def _add_original(folder: Path, config: SlimConfig, data: Dataset) -> None:
     model = trained_model(config, len(data.classes)).eval()
     row = _measured(model, config, data, "residual", f"{config.model}-original.safetensors")
     save_tensors(model.state_dict(), folder / "nets" / row["net"])
-    _append(folder, {**_key("original", config, "original"), **row})
+    _append(folder, [{**_key("original", config, "original"), **row}])
 
 
 def _train(
@@ -324,8 +358,7 @@ def _train(
     model = _rival_model(config, len(data.classes)).to(device)
     example = Task.of(data).example_input(device)
     start = Checkpoint(method, config, Task.of(data), model.state_dict())
-    if (place / "sparse.pt").exists():
-        start = Checkpoint.load(place / "sparse.pt")
+    start = start.resumed(place / "sparse.pt", but=LATER)
     penalty = RivalPenalty(model, example, _rival(method), config.sparsity)
     return runs.fit_kept(
         model, start, config.training(), data, place / "sparse.pt", device, track, penalty
@@ -391,15 +424,12 @@ def _pruned_rival(
         if config.target is None:
             return least_importance(smaller, example, rival) >= config.threshold
         target = Target.parse(config.target)
-        if target.kind == "accuracy-drop":
-            raise UsageError("Torch-Pruning's pruners are compared by thresholds and costs only")
         return deployed_ratio(target.kind, trained, smaller) <= target.value
 
     smaller = prune_until(model, example, rival, enough, config.round_to).to(device)
     start = Checkpoint(f"{rival} pruned", config, trained.task, smaller.state_dict())
     path = here / "finetuned.pt"
-    if path.exists():
-        start = Checkpoint.load(path)
+    start = start.resumed(path)
     runs.fit_kept(smaller, start, config.finetuning(), data, path, device, track, lessons=lessons)
     return smaller.cpu().eval()
 

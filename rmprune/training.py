@@ -200,7 +200,7 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.SGD:
         id(parameter)
         for module in model.modules()
         for name, parameter in module.named_parameters()
-        if isinstance(module, norms) or name == "bias"
+        if isinstance(module, norms) or name.startswith("bias")
     }
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in parameters if id(parameter) not in exempt]
@@ -443,7 +443,7 @@ def _normalising(model: nn.Module, config: TrainingConfig) -> AbstractContextMan
 def _of_batches(data: Dataset, config: TrainingConfig) -> tuple[object, ...]:
     """Whatever decides over the batches of an epoch."""
     settings = (config.batch_size, config.seed, config.color_jitter, config.cutout)
-    images = (len(data.train.labels), data.augmentation, data.mean, data.std)
+    images = (data.train.digest(), data.augmentation, data.mean, data.std)
     return (*settings, config.precision, *images)
 
 

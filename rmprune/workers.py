@@ -11,6 +11,8 @@ import logging
 import multiprocessing
 import socket
 from collections.abc import Callable, Iterable
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -68,6 +70,15 @@ class Here:
         """Nothing is held."""
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A job, its number, and how often it was begun again."""
+
+    number: int
+    job: Job
+    retries: int = 0
+
+
 class Processes:
     """Processes of this machine, which divide its cores between them.
 
@@ -83,33 +94,66 @@ class Processes:
     def __init__(self, count: int) -> None:
         if count > cores():
             raise UsageError(f"{count} jobs at once need as many cores, but there are {cores()}")
-        self._threads = cores() // count
-        self._pool = concurrent.futures.ProcessPoolExecutor(
-            count, multiprocessing.get_context("spawn")
-        )
+        self._count, self._threads = count, cores() // count
+        self._pool = self._new_pool()
         self._numbers = itertools.count()
-        self._running: dict[concurrent.futures.Future[Any], int] = {}
+        self._running: dict[concurrent.futures.Future[Any], _Begun] = {}
+
+    def _new_pool(self) -> concurrent.futures.ProcessPoolExecutor:
+        return concurrent.futures.ProcessPoolExecutor(
+            self._count, multiprocessing.get_context("spawn")
+        )
 
     def start(self, jobs: Iterable[Job]) -> list[int]:
         """Give jobs to the pool, which takes them in the order of their coming."""
-        new = {
-            self._pool.submit(_with_threads, self._threads, job): number
-            for job, number in zip(jobs, self._numbers, strict=False)
-        }
-        self._running |= new
-        return list(new.values())
+        new = [_Begun(number, job) for job, number in zip(jobs, self._numbers, strict=False)]
+        for begun in new:
+            self._submit(begun)
+        return [begun.number for begun in new]
+
+    def _submit(self, begun: _Begun) -> None:
+        try:
+            future = self._pool.submit(_with_threads, self._threads, begun.job)
+        except BrokenProcessPool as error:  # found out about, and mended, by `finished`
+            future = concurrent.futures.Future()
+            future.set_exception(error)
+        self._running[future] = begun
 
     def finished(self) -> tuple[int, Outcome]:
-        """Wait for any process."""
-        done, _ = concurrent.futures.wait(
-            self._running, return_when=concurrent.futures.FIRST_COMPLETED
-        )
-        future = next(iter(done))
-        return self._running.pop(future), future.result
+        """Wait for any process; a job whose process is lost begins again, three times at most."""
+        while True:
+            done, _ = concurrent.futures.wait(
+                self._running, return_when=concurrent.futures.FIRST_COMPLETED
+            )
+            future = next(iter(done))
+            if not isinstance(future.exception(), BrokenProcessPool):
+                return self._running.pop(future).number, future.result
+            begun = self._running[future]
+            if begun.retries == RETRIES:
+                del self._running[future]
+                return begun.number, future.result
+            self._begin_again()
+
+    def _begin_again(self) -> None:
+        """A new pool for all that has no result: one lost process ends the whole pool."""
+        lost = [
+            (future, begun)
+            for future, begun in self._running.items()
+            if not future.done() or isinstance(future.exception(), BrokenProcessPool)
+        ]
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool = self._new_pool()
+        for place, (future, begun) in enumerate(lost):
+            del self._running[future]
+            # The first ones were running, and one of them may be what ended its process.
+            self._submit(replace(begun, retries=begun.retries + (place < self._count)))
 
     def close(self) -> None:
         """Stop the processes."""
+        processes = list((self._pool._processes or {}).values())  # public from Python 3.14 on
         self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
 
 
 class RayCluster:

@@ -16,14 +16,13 @@ from rmprune.convert import convert
 from rmprune.equalization import equalize
 from rmprune.errors import ExportError
 from rmprune.export import difference_of, export
-from rmprune.joints import joints_of
 from rmprune.layers import PartialGroupNorm
 from rmprune.lowering import lower
 from rmprune.measure import count_macs
 from rmprune.memory import activation_memory
 from rmprune.models.rgsnet import rgsnet
 from rmprune.plain import PlainNet
-from rmprune.plain_selection import plain_scales, select_plain
+from rmprune.plain_selection import plain_scales, remove_channels, select_plain
 from rmprune.removal import prune
 from rmprune.rewrite import calibrate_bn
 from rmprune.store import built, layers_of
@@ -170,17 +169,39 @@ def test_a_net_with_a_group_norm_is_built_again_from_its_layers(plain):
     assert torch.equal(again(X), plain(X))
 
 
-def test_channels_of_a_group_are_selected_together(plain):
-    net = calibrate_bn(plain, [X])
-    scales = plain_scales(net)
-    masks = select_plain(net, torch.cat([*scales.values()]).median().item(), scales)
-    groups = [
-        masks.keep[joint.name][norm.by_group()]
-        for joint in joints_of(net)
-        for norm in joint.group_norms
-    ]
-    assert not all(mask.all() for mask in groups)
-    assert all(torch.equal(mask.all(1), mask.any(1)) for mask in groups)
+def normalised(groups):
+    """Six channels of which four are normalised in two groups, between two convolutions."""
+    torch.manual_seed(0)
+    layers = OrderedDict(
+        first=nn.Conv2d(4, 6, 3, padding=1, groups=groups),
+        norm=PartialGroupNorm(6, 2, (3, 0, 2, 5)),
+        last=nn.Conv2d(6, 4, 1),
+    )
+    net = PlainNet(OrderedDict(stem=nn.Conv2d(3, 4, 1), **layers), (3, 14, 11))
+    return calibrate_bn(net.double().eval(), [X])
+
+
+def test_channels_of_a_group_are_selected_and_removed_together():
+    net = normalised(groups=1)
+    with torch.no_grad():
+        net.stem_bn.weight.fill_(2)
+        net.first_bn.weight.copy_(torch.tensor([0.1, 5, 7, 0.3, 5, 6]))
+    masks = select_plain(net, 1.0, plain_scales(net))
+    assert masks.keep["first"].tolist() == [False, True, True, False, True, True]
+    smaller = remove_channels(net, masks)
+    assert smaller.first.out_channels == 4
+    assert smaller.norm.channels == (1, 3)
+    with torch.no_grad():  # then these channels are constant, as those that were removed
+        net.first_bn.weight[[0, 3]] = 0
+    assert_same(smaller(X), net(X))
+
+
+def test_beside_convolutions_in_groups_channels_of_a_group_norm_stay():
+    net = normalised(groups=2)
+    masks = select_plain(net, 1e3, plain_scales(net))
+    assert masks.keep["first"].all()
+    assert "first" not in masks.forced
+    assert remove_channels(net, masks).first.out_channels == 6
 
 
 def test_costs(plain):

@@ -140,6 +140,26 @@ def test_centre_only_kernels_become_pointwise():
     assert_same(collapsed(x), net(x))
 
 
+def test_padding_stays():
+    """What a convolution reads around its input is no pixel of its own."""
+    padded = nn.Conv2d(2, 2, 1, padding=1)
+    scaled = nn.Conv2d(2, 2, 1, padding=1, groups=2)
+    even = nn.Conv2d(2, 2, 2, padding=1)
+    with torch.no_grad():
+        for parameter in (*padded.parameters(), scaled.weight):
+            parameter.abs_()
+        scaled.bias.fill_(-0.5)
+        even.weight.zero_()
+    x = torch.randn(1, 2, 7, 6, dtype=torch.float64)
+    for layers in (
+        (nn.ReLU(), padded, nn.ReLU(), nn.Conv2d(2, 2, 1)),
+        (nn.Conv2d(2, 2, 3), nn.ReLU(), scaled, nn.ReLU()),
+        (even,),
+    ):
+        net = plain_of(*layers)
+        assert_same(collapse(net)(x), net(x))
+
+
 def test_pointwise_layers_are_joined_only_where_nothing_is_cut_off():
     positive, mixed = conv1x1([[1.0, 2.0]], [0.5]), conv1x1([[1.0, -2.0]], [0.5])
     last = conv1x1([[-3.0], [1.0]], [1.0, 2.0])

@@ -321,7 +321,7 @@ def test_a_target_of_latency_is_met(run, tiny, tmp_path):
     config = dataclasses.replace(CONFIG, target="latency=0.6", latency_batch=16)
     sparse = dataclasses.replace(run[1], config=config)
     masked = pruning.prune(sparse, config, tmp_path, tiny)
-    table = pd.read_csv(tmp_path / "latency-torch-1-16-1.csv")
+    table = pd.read_csv(tmp_path / "latency-torch-1-16-1-plain.csv")
     assert (table["ms"] > 0).all()
     net = load(tmp_path / "pruned.safetensors")
     found = min(deployed_ratio("latency", masked, net) for _ in range(3))
@@ -365,10 +365,28 @@ def test_accuracy_is_kept_on_images_held_out(tiny, tmp_path):
     assert accuracy(masked) >= accuracy(sparse) - 0.1
 
 
-def test_accuracy_needs_images_held_out(run, tiny, tmp_path):
-    config = dataclasses.replace(CONFIG, target="accuracy-drop=1")
+def test_accuracy_needs_images_held_out():
     with pytest.raises(UsageError, match="train with --holdout"):
-        pruning.prune(run[1], config, tmp_path, tiny)
+        dataclasses.replace(CONFIG, target="accuracy-drop=1")
+
+
+@pytest.mark.parametrize("share", [1e-4, 0.9999])
+def test_a_part_of_the_images_is_held_out_or_none(tiny, share):
+    with pytest.raises(UsageError, match="choose another --holdout"):
+        hold_out(tiny, share)
+
+
+def test_what_another_run_left_is_no_result(run, tiny, tmp_path):
+    folder, sparse, masked, _ = run
+    other = dataclasses.replace(CONFIG, seed=1)
+    with pytest.raises(UsageError, match=r"sparse.pt is of a run .* --seed was 0"):
+        runs.train(folder, other, tiny)
+    with pytest.raises(UsageError, match=r"finetuned.pt is of a run .* --finetune-lr was"):
+        runs.finetune(folder, masked, dataclasses.replace(CONFIG, finetune_lr=0.01), tiny)
+    again = dataclasses.replace(CONFIG, threshold=0.4, finetune_epochs=1, log="none")
+    assert runs.train(folder, again, tiny).epoch == sparse.epoch
+    with pytest.raises(UsageError, match=r"is sparse, .* the masked.pt"):
+        runs.finetune(tmp_path, sparse, CONFIG, tiny)
 
 
 def test_impossible_targets(run, tiny, tmp_path):

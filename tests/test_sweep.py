@@ -145,7 +145,7 @@ def test_a_stopped_sweep_goes_on(tiny, weights, tmp_path, monkeypatch):
     def append(folder, row):
         original(folder, row)
         rows.append(row)
-        if len(rows) == 3:
+        if len(rows) == 2:  # behind the two rows of rm
             raise KeyboardInterrupt
 
     monkeypatch.setattr(sweeps, "_append", append)
@@ -156,6 +156,17 @@ def test_a_stopped_sweep_goes_on(tiny, weights, tmp_path, monkeypatch):
     assert table["method"].tolist() == ["original", "rm", "rm", "slimming"]
 
 
+def test_points_of_other_trainings_are_not_mixed(swept, tiny, weights):
+    folder, _, _ = swept
+    base = dataclasses.replace(SHORT, finetune_epochs=7)
+    with pytest.raises(UsageError, match="with --finetune-epochs"):
+        sweeps.run(folder, plan(weights, base=base), lambda: tiny, say=lambda _: None)
+    base = dataclasses.replace(SHORT, lr=9.0)
+    other = plan(weights, base=base, methods=("rm",), levels=("threshold=0.06",))
+    table = sweeps.run(folder, other, lambda: tiny, say=lambda _: None)
+    assert "--lr was" in table["error"].iloc[-1]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -163,6 +174,10 @@ def test_a_stopped_sweep_goes_on(tiny, weights, tmp_path, monkeypatch):
         ({"base": dataclasses.replace(SHORT, prune_steps=2, target="macs=0.5")}, "once"),
         ({"levels": ()}, "--threshold or --target"),
         ({"levels": ("speed=2",)}, "unknown target 'speed'"),
+        ({"levels": ("accuracy-drop=1",)}, "torch-pruning:bn-scale knows no target of accuracy"),
+        ({"methods": ("rm",), "levels": ("accuracy-drop=1",)}, "train with --holdout"),
+        ({"seeds": (0, 1, 0)}, "0 is given 2 times"),
+        ({"models": (("resnet20", "a.pt"), ("resnet20", "b.pt"))}, "resnet20 is given 2 times"),
     ],
 )
 def test_unusable_sweeps(weights, changes, message):

@@ -57,6 +57,42 @@ def test_processes_share_the_cores():
         Processes(10_000)
 
 
+def die(path, times):
+    """End the process so many times, and then give what was asked."""
+    path.write_text(path.read_text() + "x" if path.exists() else "x")
+    if len(path.read_text()) <= times:
+        os._exit(9)
+    return "alive"
+
+
+@pytest.mark.parametrize(("times", "outcome"), [(1, "alive"), (99, "BrokenProcessPool")])
+def test_a_lost_process_costs_no_other_job(tmp_path, times, outcome):
+    workers = Processes(1)
+    try:
+        jobs = [partial(divide, 6, 3), partial(die, tmp_path / "deaths", times)]
+        found = collected(workers, [*jobs, partial(divide, 8, 2)])
+        assert found == [2.0, outcome, 4.0]
+        assert collected(workers, [partial(divide, 9, 3)]) == [3.0]
+    finally:
+        workers.close()
+
+
+def test_closing_stops_what_runs(tmp_path):
+    workers = Processes(1)
+    workers.start([partial(late, tmp_path / "begun", tmp_path / "done")])
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    workers.close()
+    time.sleep(2)
+    assert not (tmp_path / "done").exists()
+
+
+def late(begun, done):
+    begun.touch()
+    time.sleep(1)
+    done.touch()
+
+
 def slow(number):
     time.sleep(1)
     return number

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import click
@@ -16,6 +15,8 @@ from rmprune.models import create_model
 from rmprune.processes import agreed, is_restarted
 from rmprune.store import load
 from rmprune.training import total_step_size
+
+CHECKPOINTS = ("sparse.pt", "masked.pt", "finetuned.pt")  # of a run's stages
 
 
 def load_images(config: SlimConfig, task: Task | None = None) -> Dataset:
@@ -47,7 +48,10 @@ def begin(out: Path, resume: bool, config: SlimConfig) -> Dataset:
 
     def check() -> None:
         found = read_config(out)
-        if found is not None and (out / "sparse.pt").exists():
+        kept = [name for name in CHECKPOINTS if (out / name).exists()]
+        if kept and found is None:
+            raise UsageError(f"{out} holds the {kept[0]} of another run; name another --out")
+        if kept and found is not None:
             check_same(found, config, out, resume)
         elif resume:
             click.echo(f"rmprune: note: {out} holds no run to resume; a new one begins", err=True)
@@ -65,13 +69,12 @@ def check_same(found: SlimConfig, config: SlimConfig, folder: Path, resume: bool
     """Refuse to go on with a run of other settings, or without ``--resume``."""
     if not resume and not is_restarted():
         raise UsageError(f"{folder} holds a run; --resume goes on with it, or name another --out")
-    changed = [
-        f"--{field.name.replace('_', '-')} was {getattr(found, field.name)}"
-        for field in dataclasses.fields(config)
-        if getattr(found, field.name) != getattr(config, field.name)
-    ]
+    changed = found.changed(config)
     if changed:
-        raise UsageError(f"{folder} holds a run with other settings: {', '.join(changed)}")
+        raise UsageError(
+            f"{folder} holds a run with other settings: {', '.join(changed)}; give those, or "
+            "another --out"
+        )
 
 
 def net_of(path: Path) -> Path:
@@ -100,7 +103,7 @@ def open_net(file: Path) -> tuple[torch.nn.Module, Task | None, SlimConfig]:
 def _hint_at_reach(config: SlimConfig, data: Dataset) -> None:
     """Say so, before training, if the penalty cannot bring a scale of 1 under the threshold."""
     reach = config.sparsity * total_step_size(config.training(), data)
-    if config.sparsity > 0 and reach < 1:
+    if config.sparsity > 0 and config.importance == "scale" and config.epochs > 0 and reach < 1:
         click.echo(
             f"rmprune: note: in this training the penalty moves a scale by {reach:.2g} at most, "
             "and scales begin near 1, so few channels or none will be switched off; "

@@ -10,9 +10,9 @@ import click
 
 from rmprune import pruning, reports, runs
 from rmprune.budgets import deployed_ratio
-from rmprune.checkpoints import Checkpoint, SlimConfig, task_of
+from rmprune.checkpoints import Checkpoint
 from rmprune.cli.group import main
-from rmprune.cli.opening import begin, check_same, load_images
+from rmprune.cli.opening import begin, check_same, load_images, open_net
 from rmprune.cli.options import (
     AUGMENTATION,
     BUDGET,
@@ -137,10 +137,10 @@ def finetune(run: Path, plain: bool, out: Path | None, resume: bool, **settings:
         )
     folder = out or source.parent
     if plain:
-        net = load(source)
-        task, config = task_of(net), SlimConfig(finetune_lr=runs.PLAIN_LR)
-        if task is not None:
-            config = dataclasses.replace(config, data=task.data)
+        if settings["distill"]:
+            raise UsageError("a plain net has no original to learn from; leave --distill out")
+        _, task, config = open_net(source)
+        config = dataclasses.replace(config, finetune_lr=runs.PLAIN_LR)
         checkpoint_path, net_path = runs.plain_paths(folder, source)
     else:
         masked = Checkpoint.load(source)
