@@ -14,6 +14,8 @@ import click
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -35,6 +37,7 @@ VARIANTS = (
     "plain, without BN",
     "plain, with BN, Dirac filters held",
 )
+LOST = 0.2  # an accuracy under which nothing is left to draw
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 
 
@@ -103,15 +106,23 @@ def draw(table: pd.DataFrame) -> Figure:
     rates = sorted(table["lr"].unique(), reverse=True)
     figure = Figure(figsize=(3.2 * len(rates), 3.0), layout="constrained")
     panels = figure.subplots(1, len(rates), sharey=True, squeeze=False)[0]
+    handles: dict[str, Line2D] = {}
     for axes, rate in zip(panels, rates, strict=True):
+        lost = []
         for name, colour in zip(VARIANTS, COLOURS, strict=True):
             rows = table[(table["variant"] == name) & (table["lr"] == rate)]
-            axes.plot(rows["epoch"], 100 * rows["test_accuracy"], color=colour, label=name)
+            if not rows["test_accuracy"].iloc[-1] > LOST:
+                lost.append(name)
+                continue
+            (handles[name],) = axes.plot(rows["epoch"], 100 * rows["test_accuracy"], color=colour)
+        note = f"diverged: {'; '.join(lost)}" if lost else ""
+        axes.text(0.97, 0.03, note, transform=axes.transAxes, ha="right", fontsize=7)
         axes.set_title(f"learning rate {rate:g}", fontsize=9)
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("test accuracy, %")
-    panels[-1].legend(frameon=False, fontsize=7)
+    panels[-1].legend(handles.values(), handles, frameon=False, fontsize=7, loc="center right")
     return figure
 
 
