@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from rmprune import __version__, processes
-from rmprune.errors import PeerError, RmpruneError, UsageError
+from rmprune.errors import PeerError, RmpruneError, UsageError, first_line
 
 
 class _Commands(click.Group):
@@ -54,7 +54,7 @@ class _Commands(click.Group):
         except Exception as error:
             if debug:
                 raise
-            _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+            _fail(f"{type(error).__name__}: {first_line(error)} (--debug shows where)", 1)
         sys.exit(status if isinstance(status, int) else 0)
 
 
