@@ -83,7 +83,6 @@ def smallest_within_drop(
         thresholds: Ascending, from 0 on.
         config: With the share that was held out.
         data: Whose held-out images count.
-
     """
     _, held_out = hold_out(data, config.holdout)
     device = pick_device(config.device)
