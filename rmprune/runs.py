@@ -138,15 +138,19 @@ def finetune(
     track: Track = no_progress,
     lessons: Path | None = None,
 ) -> Checkpoint:
-    """Fine-tune under the masks, going on where ``finetuned.pt`` stands; save the net."""
+    """Fine-tune under the masks, going on where ``finetuned.pt`` stands; save the net.
+
+    What is fine-tuned already is fine-tuned anew from its weights on, for a folder of its own.
+    """
     device = pick_device(config.device)
     path = folder / "finetuned.pt"
-    if masked.stage != "masked":
+    if masked.stage not in ("masked", "finetuned"):
         raise UsageError(
             f"this checkpoint is {masked.stage}, and what is fine-tuned is the masked.pt that "
             "`rmprune prune` wrote"
         )
-    new = replace(masked, stage="finetuned", config=config)
+    weights = {name: getattr(masked, name) for name in ("model", "masks", "narrowed", "layers")}
+    new = Checkpoint("finetuned", config, masked.task, **weights, forms=masked.forms)
     checkpoint = agreed(lambda: new.resumed(path))
     slim = checkpoint.build(device)
     checkpoint = fit_kept(

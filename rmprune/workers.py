@@ -125,11 +125,12 @@ class Processes:
             done, _ = concurrent.futures.wait(
                 self._running, return_when=concurrent.futures.FIRST_COMPLETED
             )
-            future = next(iter(done))
+            # A lost process ends all that wait with it: the first one to be given up goes first.
+            future = max(done, key=lambda future: self._running[future].retries)
             if not isinstance(future.exception(), BrokenProcessPool):
                 return self._running.pop(future).number, future.result
             begun = self._running[future]
-            if begun.retries == RETRIES:
+            if begun.retries >= RETRIES:
                 del self._running[future]
                 return begun.number, future.result
             self._begin_again()

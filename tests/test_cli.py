@@ -99,6 +99,12 @@ def test_the_stages_one_by_one(image_folder, tmp_path):
     fail(2, "holds a run; --resume goes on", "finetune", masked, *words)
     succeed("finetune", masked, *words, "--resume")
     fail(2, "--batch-size was 16", "finetune", masked, "--resume", "--batch-size", 8)
+    finetuned = masked / "finetuned.pt"
+    fail(2, "name another --out", "finetune", finetuned, *words, "--resume")
+    further = tmp_path / "further"
+    succeed("finetune", finetuned, "--finetune-epochs", 2, "--batch-size", 16, "--out", further)
+    epochs = pd.read_csv(further / "metrics.csv")["epoch"]
+    assert list(epochs) == [1, 2]
     net = masked / "net.safetensors"
     accuracy = succeed("eval", net)
     assert re.fullmatch(r"(evaluate\n)?\d+\.\d\d % \(\d+ of \d+ images of .*\)\n", accuracy)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rmprune.errors import UsageError
-from rmprune.workers import Here, Processes, RayCluster
+from rmprune.workers import RETRIES, Here, Processes, RayCluster
 
 
 def collected(workers, jobs):
@@ -70,8 +70,10 @@ def test_a_lost_process_costs_no_other_job(tmp_path, times, outcome):
     workers = Processes(1)
     try:
         jobs = [partial(divide, 6, 3), partial(die, tmp_path / "deaths", times)]
-        found = collected(workers, [*jobs, partial(divide, 8, 2)])
-        assert found == [2.0, outcome, 4.0]
+        # Many wait behind it, any of which may be the first that is heard to be lost.
+        found = collected(workers, [*jobs, *[partial(divide, 8, 2)] * 10])
+        assert found == [2.0, outcome, *[4.0] * 10]
+        assert len((tmp_path / "deaths").read_text()) <= 1 + RETRIES
         assert collected(workers, [partial(divide, 9, 3)]) == [3.0]
     finally:
         workers.close()

@@ -123,7 +123,8 @@ def prune(run: Path, out: Path | None, **settings: Any) -> None:
 def finetune(run: Path, plain: bool, out: Path | None, resume: bool, **settings: Any) -> None:
     """Fine-tune what `rmprune prune` wrote, under its masks, and save the plain net of it.
 
-    RUN is the folder or its masked.pt. With --plain it is a plain net, whose every weight is
+    RUN is the folder or its masked.pt; or a finetuned.pt, from whose weights a new fine-tuning
+    begins, in an --out of its own. With --plain it is a plain net, whose every weight is
     free: a BN is put behind each convolution and folded again at the end; the learning rate
     is then 5e-4 by default, since narrow plain nets lose what they know at larger ones.
     Options that are not given are those of the run.
@@ -146,6 +147,11 @@ def finetune(run: Path, plain: bool, out: Path | None, resume: bool, **settings:
         masked = Checkpoint.load(source)
         task, config = masked.task, masked.config
         checkpoint_path, net_path = folder / "finetuned.pt", folder / "net.safetensors"
+        if source.resolve() == checkpoint_path.resolve():
+            raise UsageError(
+                f"{source} is fine-tuned; name another --out to train on from its weights, or "
+                f"give {folder / 'masked.pt'} with --resume to go on with that fine-tuning"
+            )
     config = dataclasses.replace(config, **given_settings(settings))
     if checkpoint_path.exists():
         check_same(Checkpoint.load(checkpoint_path).config, config, folder, resume)
