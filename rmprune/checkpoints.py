@@ -36,6 +36,7 @@ from rmprune.training import Precision, Schedule, TrainingConfig
 
 Scope = Literal["all", "inner"]
 CALIBRATION_IMAGES = 1024
+CALIBRATION_BATCH = 256
 # Settings of how a training runs, on which what it learns does not depend, or hardly.
 HOW = frozenset({"device", "data_root", "log", "compile", "precision", "sync_bn"})
 # Settings of what comes after sparsity training.
@@ -135,6 +136,11 @@ class SlimConfig:
                 raise UsageError(
                     "a target of accuracy needs training images that no training has seen: "
                     "train with --holdout 0.1, say"
+                )
+            if kind == "accuracy-drop" and self.prune_steps > 1:
+                raise UsageError(
+                    "what an accuracy may drop by is for one step: leave --prune-steps out, or "
+                    "give a --target of latency, macs or params"
                 )
         elif self.prune_steps > 1:
             raise UsageError("channels go in several steps towards a --target; name one")
@@ -383,9 +389,16 @@ def trained_model(config: SlimConfig, classes: int) -> nn.Module:
 
 def calibration_batches(data: Dataset, device: torch.device) -> list[Tensor]:
     """Normalised training images for measuring BN statistics."""
-    chosen = calibration_images(data, CALIBRATION_IMAGES)
+    count = min(CALIBRATION_IMAGES, len(data.train.labels))
+    if count % CALIBRATION_BATCH == 1:
+        count = max(count - 1, 1)  # BNs cannot normalise one image of one pixel
     batches = eval_batches(
-        chosen, 256, mean=data.mean, std=data.std, device=device, dtype=torch.float32
+        calibration_images(data, count),
+        CALIBRATION_BATCH,
+        mean=data.mean,
+        std=data.std,
+        device=device,
+        dtype=torch.float32,
     )
     return [images for images, _ in batches]
 

@@ -73,7 +73,8 @@ def _sweep_content(folder: Path) -> dict[str, Any]:
     task, layers = sweep.task_of(folder), {}
     for row in records(rows.drop_duplicates("net")):
         net = sweep.load_net(folder, row, len(task.classes))
-        layers[row["net"]] = _layers(net, create_model(row["model"]), task.image_shape)
+        model = create_model(row["model"], num_classes=len(task.classes))
+        layers[row["net"]] = _layers(net, model, task.image_shape)
     hardware = ", ".join(rows["hardware"].astype(str).unique())
     return {
         "title": f"Sweep {folder.resolve().name}",

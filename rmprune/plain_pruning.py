@@ -50,11 +50,7 @@ def plain_pruned(
         PruningError: The target cannot be met.
         ConversionError: The model does not convert.
     """
-    if config.importance != "scale":
-        raise UsageError(
-            f"{config.model} is no chain of residual blocks: it is pruned as a plain net, by "
-            "--importance scale"
-        )
+    check_by_scale(config)
     example = checkpoint.task.example_input()
     net = model if isinstance(model, PlainNet) else convert(model, example, keep_bn=False)
     net = calibrate_bn(net, run_calibration(config, data))
@@ -115,3 +111,12 @@ def _per_cost(
         stay = strongest(parts, math.ceil(LEAST_KEPT * parts.shape[1]))
         scores[joint.name] = (parts / shares[joint.name]).masked_fill(stay, math.inf).flatten()
     return scores
+
+
+def check_by_scale(config: SlimConfig) -> None:
+    """Refuse to prune anything but chains of residual blocks by what is lost without channels."""
+    if config.importance != "scale":
+        raise UsageError(
+            f"{config.model} is no chain of residual blocks: it is pruned as a plain net, by "
+            "--importance scale"
+        )

@@ -228,7 +228,8 @@ def _loss_scores(
     example, costs = task.example_input(), _layer_costs(slim, cost, task, config, kept)
     savings = _within(config.scope, slim, channel_savings(slim, example, costs, config.lowering))
     bodies = body_savings(slim, example, costs, config.lowering)
-    settings = (savings, bodies, config.lowering, config.round_to, config.data, config.holdout)
+    images = (data.train.digest(), config.holdout)
+    settings = (savings, bodies, config.lowering, config.round_to, *images)
     digest = hashlib.sha256(repr(settings).encode())
     for tensor in slim.state_dict().values():
         digest.update(tensor.numpy().tobytes())

@@ -40,6 +40,7 @@ from rmprune.data import Dataset, hold_out
 from rmprune.errors import UsageError
 from rmprune.logs import as_table, opened
 from rmprune.lowering import Choose, likeliest
+from rmprune.plain_pruning import check_by_scale
 from rmprune.plots import plot_run
 from rmprune.processes import agreed, is_first
 from rmprune.progress import Track, no_progress
@@ -70,6 +71,7 @@ def train(
         model = trained_model(config, len(data.classes)).to(device)
         task = Task.of(data)
         if not has_slim_form(model):  # what cannot be pruned shall be refused before training
+            check_by_scale(config)
             convert(model.eval(), task.example_input(device))
         slim = slimmable(model, run_calibration(config, data, device)).cpu()
         return Checkpoint("sparse", config, task, slim.state_dict())

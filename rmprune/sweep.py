@@ -3,7 +3,7 @@
 A sweep's folder holds ``sweep.json`` (its plans), ``results.csv`` (a row a net, appended when
 its point is finished), ``nets/`` (every net, so that all can be timed in one run),
 ``latencies.csv`` (that run), the trainings, and what their teachers said (``lessons/``). A sweep
-that is stopped goes on with the first point that has no row.
+that is stopped goes on with the first point that has no row; those that failed are tried again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -154,7 +155,7 @@ def run(
     workers: Workers | None = None,
     say: Say = print,
 ) -> pd.DataFrame:
-    """Train and prune whatever has no row yet.
+    """Train and prune whatever has no row yet, or failed.
 
     Args:
         folder: Of the sweep; whoever wants a new one gives a new folder.
@@ -292,7 +293,15 @@ def timed_results(folder: Path) -> pd.DataFrame:
     path = folder / "latencies.csv"
     if not path.exists():
         raise UsageError(f"{folder} has no latencies.csv: it holds no sweep, or an unfinished one")
-    rows = results(folder).drop(columns="hardware").merge(pd.read_csv(path), on="net")
+    found, latencies = results(folder).drop(columns="hardware"), pd.read_csv(path)
+    untimed = set(found["net"].dropna()) - set(latencies["net"])
+    if untimed:
+        warnings.warn(
+            f"{len(untimed)} nets of {folder} are left out, for they have no latencies yet: all "
+            "are timed when the sweep is finished; `rmprune sweep --resume` goes on",
+            stacklevel=2,
+        )
+    rows = found.merge(latencies, on="net")
     return rows.assign(
         removed_params=1 - rows["params_ratio"],
         images_per_second=1000 * rows["batch_size"] / rows["latency_ms"],
@@ -317,12 +326,14 @@ def _is_done(folder: Path, method: str, config: SlimConfig, level: str) -> bool:
                     f"{folder} has {method} {level} with {option} {others.pop():g}; give the same, "
                     "or another --out"
                 )
-    return not rows.empty
+    return bool(rows["error"].isna().any())
 
 
 def _append(folder: Path, new: Sequence[Mapping[str, Any]]) -> None:
-    """Add all rows of a point at once: one that has any row is finished."""
+    """Add all rows of a point at once, for that of an earlier failure if there is one."""
     rows = results(folder)
+    failed = rows["error"].notna() & (rows[KEY] == [new[0][column] for column in KEY]).all(axis=1)
+    rows = rows[~failed]
     hardware = environment()["hardware"]
     table = [*records(rows), *({**row, "hardware": hardware} for row in new)]
     write_csv(pd.DataFrame(table, columns=rows.columns), folder / "results.csv")

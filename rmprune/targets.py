@@ -64,9 +64,7 @@ class Target:
             ) from error
 
     def after(self, share: float) -> Target:
-        """The target to keep to on the way, after a share of the steps."""
-        if self.kind == "accuracy-drop":
-            return Target(self.kind, self.value * share)
+        """The target of a cost to keep to on the way, after a share of the steps."""
         return Target(self.kind, self.value**share)
 
     def __str__(self) -> str:

@@ -191,7 +191,7 @@ def test_inspect(run):
 def test_export(run, image_folder, tmp_path):
     """Every format, from a run's folder, whose data need not be named."""
     out, _ = run
-    few = ["--images", 8, "--calibration-images", 8]
+    few = ["--images", 8]
     same = r"difference from torch on (\d+) test images: \d\.\de[+-]\d\d .*the same class on \1"
     for form in ("onnx", "pt2"):
         file = tmp_path / f"net.{form}"
@@ -200,8 +200,8 @@ def test_export(run, image_folder, tmp_path):
                            "--out", file)  # fmt: skip
             assert re.search(same, text)
         assert f"saved {file}" in text
-    text = succeed("export", out, *few, "--quantize", "int8", "--embed-preprocessing",
-                   "--out", tmp_path / "int8.onnx")  # fmt: skip
+    text = succeed("export", out, *few, "--quantize", "int8", "--calibration-images", 8,
+                   "--embed-preprocessing", "--out", tmp_path / "int8.onnx")  # fmt: skip
     assert re.search(r"accuracy on \d+ test images: \d.* % in int8, .* % in float32", text)
     if shutil.which("gcc"):
         text = succeed("export", out, "--format", "c", *few, "--out", tmp_path / "net.h")
@@ -211,6 +211,7 @@ def test_export(run, image_folder, tmp_path):
     fail(1, "one image at a time", "export", out, "--format", "c", "--batch-size", 4)
     fail(1, "float32; export int8 to onnx", "export", out, "--format", "pt2", "--quantize", "int8")
     fail(2, "give --quantize int8, too", "export", out, "--reduce-range")
+    fail(2, "give --quantize int8, too", "export", out, "--calibration-images", 8)
     fail(2, "trained for the classes", "export", out, "--data", "digits")
     fail(1, "ONNX files can be timed by `rmprune bench`", "export", tmp_path / "int8.onnx")
     for file in image_folder.glob("*/*/*"):
@@ -340,6 +341,14 @@ WRONG_USE = {
     "two budgets": (["slim", "--target", "macs=0.5", "--threshold", "0.1"], "either --threshold"),
     "steps without a target": (["slim", "--prune-steps", "3"], "name one"),
     "a sweep to nowhere": (["sweep", "--sparsity", "1e-3"], "--threshold or --target"),
+    "jobs on a cluster": (
+        [*("sweep", "--sparsity", "1", "--target", "macs=0.5", "--jobs", "2", "--ray", "local")],
+        "--jobs are for this machine",
+    ),
+    "CPUs of no cluster": (
+        [*("sweep", "--sparsity", "1", "--target", "macs=0.5", "--job-cpus", "2")],
+        "--job-cpus is for a Ray cluster",
+    ),
     "a model without weights": (
         [
             *("sweep", "--sparsity", "1e-3", "--threshold", "1", "--model", "resnet20"),
@@ -386,6 +395,29 @@ def test_debug_shows_the_traceback(tmp_path):
     for words in (["--debug", "slim"], ["slim", "--debug"]):
         result = call(*words, "--data", f"folder:{tmp_path / 'nowhere'}")
         assert isinstance(result.exception, rmprune.RmpruneError)
+
+
+def test_an_unexpected_error_is_one_line_too(monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError("nobody thought of this\nin two lines")
+
+    monkeypatch.setattr("rmprune.cli.nets.convert_model", broken)
+    words = ["convert", "resnet20", "--num-classes", 3, "--out", "net.safetensors"]
+    fail(1, r"^rmprune: ZeroDivisionError: nobody thought of this \(--debug", *words)
+    assert isinstance(call("--debug", *words).exception, ZeroDivisionError)
+
+
+def test_an_interrupted_command_says_whether_it_can_go_on(monkeypatch, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rmprune.cli.nets.convert_model", interrupted)
+    result = call("convert", "resnet20", "--out", "net.safetensors")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == "rmprune: interrupted; what was saved stays"
+    monkeypatch.setattr("rmprune.cli.stages.runs.train", interrupted)
+    result = call("train", "--out", tmp_path)
+    assert result.stderr.endswith("what was saved stays, and --resume goes on\n")
 
 
 def commands():

@@ -119,6 +119,7 @@ def test_a_clamp_computes_what_the_activation_does():
         for dtype in (torch.float32, torch.float64):
             clamp = Clamp.of(activation.to(dtype), dtype)
             assert torch.equal(clamp(x.to(dtype)), activation(x.to(dtype)))
+            assert torch.equal(clamp(x[..., 0, 0].to(dtype)), clamp(x.to(dtype))[..., 0, 0])
 
 
 def test_other_activations_are_no_clamps():

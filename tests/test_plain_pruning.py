@@ -134,6 +134,8 @@ def test_what_does_not_apply_is_refused(run, tiny, tmp_path):
     config = dataclasses.replace(CONFIG, target="macs=0.5", importance="loss")
     with pytest.raises(UsageError, match="small_repvgg is no chain of residual blocks"):
         pruning.prune(run[1], config, tmp_path, tiny)
+    with pytest.raises(UsageError, match="small_repvgg is no chain of residual blocks"):
+        runs.train(tmp_path, config, tiny)
     with pytest.raises(UsageError, match="no residual blocks with channels inside"):
         runs.train(tmp_path, dataclasses.replace(CONFIG, scope="inner"), tiny)
 

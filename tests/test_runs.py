@@ -58,6 +58,8 @@ def test_a_run_leaves_its_files(run, tiny):
         "run.png",
     }
     assert table["model"].tolist()[-1] == "plain, pruned"
+    again = runs.report(folder, sparse, finetuned, tiny)
+    assert table["accuracy"].tolist() == again["accuracy"].tolist()
     written = pd.read_csv(folder / "report.csv")
     assert written["params"].tolist() == table["params"].tolist()
     assert written["hardware"].notna().all()
@@ -259,6 +261,14 @@ def test_no_epochs_keep_the_model(tiny, tmp_path):
 def test_calibration_is_the_same_every_time(tiny):
     first, second = (checkpoints.calibration_batches(tiny, torch.device("cpu")) for _ in range(2))
     states_equal(first, second)
+
+
+@pytest.mark.parametrize(("count", "batches"), [(1, [1]), (96, [96]), (257, [256])])
+def test_no_batch_is_a_single_image_beside_others(tiny, count, batches):
+    chosen = torch.arange(count) % 96
+    data = dataclasses.replace(tiny, train=tiny.train.at(chosen))
+    found = checkpoints.calibration_batches(data, torch.device("cpu"))
+    assert [len(batch) for batch in found] == batches
 
 
 def test_unusable_device():

@@ -128,8 +128,12 @@ def test_a_failed_point_does_not_stop_the_others(tiny, weights, tmp_path, monkey
     assert table["error"].dropna().tolist() == ["TrainingError: the loss is no longer finite"]
     assert table["accuracy"].notna().sum() == 3
     assert "failed: TrainingError" in said[0]
+    other = dataclasses.replace(sweep, levels=("threshold=0.5",))
+    assert sweeps.run(tmp_path, other, lambda: tiny, say=said.append)["error"].notna().sum() == 1
     monkeypatch.undo()
-    assert len(sweeps.run(tmp_path, sweep, lambda: tiny, say=said.append)) == len(table)
+    again = sweeps.run(tmp_path, sweep, lambda: tiny, say=said.append)
+    assert again["error"].isna().all()
+    assert again["level"].value_counts()["macs=0.5"] == 2  # the plain net, and with additions
 
 
 def test_a_stopped_sweep_goes_on(tiny, weights, tmp_path, monkeypatch):
@@ -176,6 +180,14 @@ def test_points_of_other_trainings_are_not_mixed(swept, tiny, weights):
         ({"levels": ("speed=2",)}, "unknown target 'speed'"),
         ({"levels": ("accuracy-drop=1",)}, "torch-pruning:bn-scale knows no target of accuracy"),
         ({"methods": ("rm",), "levels": ("accuracy-drop=1",)}, "train with --holdout"),
+        (
+            {
+                "methods": ("rm",),
+                "base": dataclasses.replace(SHORT, holdout=0.1, prune_steps=2, target="macs=0.5"),
+                "levels": ("accuracy-drop=1",),
+            },
+            "is for one step",
+        ),
         ({"seeds": (0, 1, 0)}, "0 is given 2 times"),
         ({"models": (("resnet20", "a.pt"), ("resnet20", "b.pt"))}, "resnet20 is given 2 times"),
     ],
@@ -189,6 +201,14 @@ def test_fronts():
     points = pd.DataFrame({"x": [1.0, 2, 3, 4, 2.5], "y": [0.9, 0.8, 0.85, 0.5, 0.6]})
     front = pareto_front(points, "x", "y")
     assert front["x"].tolist() == [1, 3, 4]
+
+
+def test_nets_without_latencies_are_told_of(swept, timed, tmp_path):
+    (tmp_path / "results.csv").write_bytes((swept[0] / "results.csv").read_bytes())
+    last = timed["net"].iloc[-1]
+    timed[timed["net"] != last].to_csv(tmp_path / "latencies.csv", index=False)
+    with pytest.warns(UserWarning, match="1 nets of .* are left out"):
+        assert last not in set(sweeps.timed_results(tmp_path)["net"])
 
 
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rmprune.errors import TrainingError, UsageError
+from rmprune.layers import ChannelGate
 from rmprune.slimming import Penalty
 from rmprune.training import (
     TrainingConfig,
@@ -122,6 +123,20 @@ def test_biases_and_norms_do_not_decay():
     assert decayed["weight_decay"] == CONFIG.weight_decay
     assert len(others["params"]) == 5
     assert others["weight_decay"] == 0
+    decayed, others = make_optimizer(
+        ChannelGate((6, 3, 6), ("relu", "sigmoid")), CONFIG
+    ).param_groups
+    assert [p.ndim for p in decayed["params"]] == [2, 2]
+    assert [p.ndim for p in others["params"]] == [1, 1]
+
+
+def test_a_teachers_outputs_are_kept_by_the_images(tiny, tmp_path):
+    other = replace(tiny, train=replace(tiny.train, images=255 - tiny.train.images))
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
+    for data, folders in ((tiny, 1), (tiny, 1), (other, 2)):
+        student = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
+        fit(student, data, TrainingConfig(1, batch_size=16), teacher=teacher, kept=tmp_path)
+        assert len(list(tmp_path.iterdir())) == folders
 
 
 def test_distillation_loss_is_zero_at_the_teacher_and_has_its_gradient():

@@ -26,6 +26,7 @@ from rmprune.cli.options import (
     PLATFORM,
     TASK,
     config_of,
+    is_given,
     options,
 )
 from rmprune.cli.words import progress_bar
@@ -134,8 +135,8 @@ def sweep(
 
     One training serves all thresholds and targets of its method, sparsity and seed. The folder
     gets results.csv (a row a net, as soon as it is finished), latencies.csv, and the nets.
-    `rmprune plot` draws them. A stopped sweep goes on with --resume; so does one with more
-    values than before.
+    `rmprune plot` draws them. A stopped sweep goes on with --resume, which tries points that
+    failed again; so does one with more values than before.
     """
     if weights and len(weights) != len(models):
         raise UsageError(f"{len(models)} models need {len(models)} --weights, not {len(weights)}")
@@ -151,6 +152,10 @@ def sweep(
         (*(f"threshold={value:g}" for value in thresholds), *targets),
         seeds,
     )
+    if ray is not None and jobs > 1:
+        raise UsageError("--jobs are for this machine, and --ray is given; leave one out")
+    if ray is None and is_given("job_cpus"):
+        raise UsageError("--job-cpus is for a Ray cluster; give --ray, or --jobs for this machine")
     if (out / "results.csv").exists() and not resume:
         raise UsageError(f"{out} holds a sweep; --resume goes on with it, or name another --out")
     task = Task.of(load_images(config))

@@ -40,7 +40,8 @@ class _Commands(click.Group):
         except click.ClickException as error:
             _fail(error.format_message(), error.exit_code)
         except click.Abort:
-            _fail("interrupted; what was saved stays, and --resume goes on", 130)
+            resumes = any("--resume" in parameter.opts for parameter in _parameters(self, words))
+            _fail("interrupted; what was saved stays" + ", and --resume goes on" * resumes, 130)
         except UsageError as error:
             if debug:
                 raise
@@ -56,6 +57,12 @@ class _Commands(click.Group):
                 raise
             _fail(f"{type(error).__name__}: {first_line(error)} (--debug shows where)", 1)
         sys.exit(status if isinstance(status, int) else 0)
+
+
+def _parameters(group: click.Group, words: Sequence[str]) -> list[click.Parameter]:
+    """Those of the command that words call."""
+    names = [word for word in words if word in group.commands]
+    return group.commands[names[0]].params if names else []
 
 
 def _fail(message: str, status: int) -> None:

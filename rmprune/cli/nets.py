@@ -15,7 +15,15 @@ from rmprune import reports
 from rmprune.checkpoints import Checkpoint, deploy, pick_device
 from rmprune.cli.group import main
 from rmprune.cli.opening import load_images, net_of, open_net
-from rmprune.cli.options import EXISTING, PICTURES, TASK, config_of, given_settings, options
+from rmprune.cli.options import (
+    EXISTING,
+    PICTURES,
+    TASK,
+    config_of,
+    given_settings,
+    is_given,
+    options,
+)
 from rmprune.cli.words import progress_bar, say_size
 from rmprune.convert import convert as convert_model
 from rmprune.errors import UsageError
@@ -237,6 +245,8 @@ def export(
     """
     if reduce_range and quantize is None:
         raise UsageError("--reduce-range is for weights in int8; give --quantize int8, too")
+    if is_given("calibration_images") and quantize is None:
+        raise UsageError("--calibration-images are for int8; give --quantize int8, too")
     given = given_settings(settings)
     network, task, config = open_net(net_of(net))
     if task is None and "data" not in given:

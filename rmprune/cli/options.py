@@ -228,8 +228,7 @@ def config_of(settings: dict[str, Any]) -> SlimConfig:
 
 def check_budget(settings: dict[str, Any]) -> None:
     """Refuse a threshold beside a target, or beside an importance that it is not for."""
-    source = click.get_current_context().get_parameter_source("threshold")
-    if settings["target"] is not None and source is not click.core.ParameterSource.DEFAULT:
+    if settings["target"] is not None and is_given("threshold"):
         raise UsageError("give either --threshold or --target, not both")
     if settings["target"] is None and settings["importance"] is not None:
         pruning.check_importance(settings["importance"])
@@ -237,9 +236,13 @@ def check_budget(settings: dict[str, Any]) -> None:
 
 def given_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """Those of the settings that stand on the command line."""
-    source = click.get_current_context().get_parameter_source
-    default = click.core.ParameterSource.DEFAULT
-    return plain_values({k: v for k, v in settings.items() if source(k) is not default})
+    return plain_values({key: value for key, value in settings.items() if is_given(key)})
+
+
+def is_given(option: str) -> bool:
+    """Whether an option of the command that runs stands on the command line."""
+    source = click.get_current_context().get_parameter_source(option)
+    return source is not click.core.ParameterSource.DEFAULT
 
 
 def plain_values(settings: dict[str, Any]) -> dict[str, Any]:
