@@ -81,7 +81,7 @@ def select_plain(
         threshold: On the scores.
         scores: ``(channels,)`` by convolution: the scales, or these over what is saved.
         round_to: Widths become a multiple of this: those with the largest scales come back,
-            where there are enough.
+            where there are enough; and with them all that a group norm normalises with them.
 
     Returns:
         Masks by convolution.
@@ -107,12 +107,15 @@ def select_plain(
             score = score.index_fill(0, scales[joint.name].argmax(), math.inf)
         spared.append(score)
     masks = even_masks(spared, groups, threshold)
-    keep = {
-        joint.name: torch.ones_like(mask)
-        if joint.is_whole
-        else rounded(mask, scales[joint.name], joint.sections, round_to)
-        for joint, mask in zip(joints, masks, strict=True)
-    }
+    keep = {}
+    for joint, mask in zip(joints, masks, strict=True):
+        kept = torch.ones_like(mask)
+        if not joint.is_whole:
+            kept = rounded(mask, scales[joint.name], joint.sections, round_to)
+        for norm in joint.group_norms:
+            together = norm.by_group()
+            kept[together] = kept[together].any(1, keepdim=True)
+        keep[joint.name] = kept
     return Masks(keep, tuple(forced))
 
 

@@ -196,6 +196,15 @@ def test_channels_of_a_group_are_selected_and_removed_together():
     assert_same(smaller(X), net(X))
 
 
+def test_rounding_brings_groups_back_as_a_whole():
+    net = normalised(groups=1)
+    with torch.no_grad():
+        net.first_bn.weight.copy_(torch.tensor([0.5, 0.2, 7, 0.7, 0.4, 6]))
+    masks = select_plain(net, 1.0, plain_scales(net), round_to=3)
+    assert masks.keep["first"].tolist() == [True, False, True, True, False, True]
+    assert remove_channels(net, masks).norm.channels == (2, 0, 1, 3)
+
+
 def test_beside_convolutions_in_groups_channels_of_a_group_norm_stay():
     net = normalised(groups=2)
     masks = select_plain(net, 1e3, plain_scales(net))
