@@ -52,7 +52,7 @@ def open_network(
         raise UsageError(f"there is no file {path}")
     if path.suffix == ".onnx":
         graph = OnnxGraph.load(path)
-        return graph, graph.example_input()
+        return graph, graph.example_input(image_shape)
     if path.exists():
         net = load(path)
         return net, _noise(net.input_shape or image_shape or CIFAR)

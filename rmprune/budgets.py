@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,11 +33,13 @@ def layer_costs(
     """
     if cost != "latency":
         return counted(cost)
-    # Nets with additions and plain ones have other layers.
+    layers = sites(network(), task.example_input())
+    # What was narrowed has other layers, and so have nets with additions and plain ones.
+    shapes = [(name, *site.layer.weight.shape, *site.input_shape) for name, site in layers.items()]
+    digest = hashlib.sha256(repr(shapes).encode()).hexdigest()[:8]
     settings = (config.backend, config.threads, config.latency_batch, config.round_to)
-    path = folder / f"latency-{'-'.join(map(str, (*settings, config.lowering)))}.csv"
+    path = folder / f"latency-{'-'.join(map(str, (*settings, config.lowering, digest)))}.csv"
     if not path.exists():
-        layers = sites(network(), task.example_input())
         write_csv(latency_table(layers, config.platform, config.round_to), path)
     return measured(pd.read_csv(path))
 

@@ -170,7 +170,7 @@ def read_graph(model: Any) -> Graph:
     for node in graph.node:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         if node.op_type == "Constant":
-            value = np.asarray(onnx.numpy_helper.to_array(attributes["value"]))
+            value = _value(onnx, attributes)
             found.tensors[node.output[0]] = _constant(node.output[0], value)
             continue
         inputs = [found.tensors[name] for name in node.input if name]
@@ -261,10 +261,27 @@ def _clamps(before: Node, value: Tensor) -> bool:
     return before.op in CLAMPING and made.name == value.name and made.scale is None
 
 
+def _value(onnx: Any, attributes: Mapping[str, Any]) -> Array:
+    """Of a Constant node."""
+    ((kind, value),) = attributes.items()
+    match kind:
+        case "value":
+            return np.asarray(onnx.numpy_helper.to_array(value))
+        case "value_float" | "value_floats":
+            return np.asarray(value, np.float32)
+        case "value_int" | "value_ints":
+            return np.asarray(value, np.int64)
+    raise ExportError(f"there is no C for a constant with {kind}")
+
+
 def _limits(node: Node) -> tuple[float, float] | None:
     if node.op == "Relu":
         return 0.0, math.inf
-    if node.op == "Clip" and all(t.value is not None for t in node.inputs[1:]):
+    if (
+        node.op == "Clip"
+        and len(node.inputs) == 3
+        and all(t.value is not None for t in node.inputs[1:])
+    ):
         low, high = (float(t.value.item()) for t in node.inputs[1:] if t.value is not None)
         return low, high
     return None

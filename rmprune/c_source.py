@@ -161,8 +161,11 @@ class _Writer:
         elif node.op in writers:
             lines = writers[node.op](node, index)
         else:
+            advice = "export to onnx or pt2"
+            if node.op == "BatchNormalization":  # of the shortcuts of a run's residual model
+                advice = "export the run's net.safetensors, whose BNs are folded, or to onnx or pt2"
             raise ExportError(
-                f"there is no C for the operation {node.op} of {node.name!r}; export to onnx or pt2"
+                f"there is no C for the operation {node.op} of {node.name!r}; {advice}"
             )
         return [
             f"    /* {node.op}: {_shape(node.inputs[0])} to {_shape(node.outputs[0])} */",
@@ -392,13 +395,20 @@ class _Writer:
             raise ExportError(f"{node.name}: only pooling of images is written in C")
         rows, columns = attributes["kernel_shape"]
         down, right = attributes.get("strides", (1, 1))
-        top, left = attributes.get("pads", (0, 0, 0, 0))[:2]
+        top, left, bottom, beyond = attributes.get("pads", (0, 0, 0, 0))
         if tuple(attributes.get("dilations", (1, 1))) != (1, 1):
             raise ExportError(f"{node.name}: dilated pooling is not written in C")
         _, channels, height, width = source.shape
         _, _, out_height, out_width = output.shape
         largest = node.op == "MaxPool"
-        counted = "count" if not attributes.get("count_include_pad", 0) else f"{rows * columns}"
+        # What a window has of the image, and of its padding if that counts, but not of what lies
+        # beyond, where ceil_mode lets windows end.
+        counts_padding = bool(attributes.get("count_include_pad", 0))
+        counted = "count"
+        if counts_padding and not attributes.get("ceil_mode", 0):
+            counted = f"{rows * columns}"
+        counting = counted == "count" and not largest
+        inside = f"count += v < {height + bottom} && h < {width + beyond};"
         here = f"(c * {height} + v) * {width} + h"
         add = (
             f"value = fmaxf(value, {_load(source, here)});"
@@ -413,14 +423,15 @@ class _Writer:
             f"        for (int i = 0; i < {out_height}; ++i)",
             f"            for (int j = 0; j < {out_width}; ++j) {{",
             f"                float value = {'-INFINITY' if largest else '0.0f'};",
-            *(["                int count = 0;"] if counted == "count" and not largest else []),
+            *(["                int count = 0;"] if counting else []),
             f"                for (int u = 0; u < {rows}; ++u)",
             f"                    for (int k = 0; k < {columns}; ++k) {{",
             f"                        const int v = i * {down} - {top} + u;",
             f"                        const int h = j * {right} - {left} + k;",
+            *([f"                        {inside}"] if counting and counts_padding else []),
             f"                        if (v < 0 || v >= {height} || h < 0 || h >= {width})",
             "                            continue;",
-            *(["                        ++count;"] if counted == "count" and not largest else []),
+            *(["                        ++count;"] if counting and not counts_padding else []),
             f"                        {add}",
             "                    }",
             f"                {_store(output, there, result)}",

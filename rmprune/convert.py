@@ -30,7 +30,7 @@ from torch import Tensor, fx, nn
 from rmprune.carrying import Bound, Carrier, Carry, Interval, Way, carrying_activation
 from rmprune.errors import ConversionError, UsageError, first_line
 from rmprune.graph import GlobalMean, PadChannels, Subsample, trace
-from rmprune.layers import PartialGroupNorm
+from rmprune.layers import ACTIVATIONS, PartialGroupNorm
 from rmprune.layout import Downsample, Layout, weights_with_and_without_merging
 from rmprune.linear import Geometry, Rows, Value, add, concatenate, join, sorted_unique
 from rmprune.norms import folded, norm_of_bn
@@ -52,10 +52,6 @@ from rmprune.steps import (
 Fuse = Literal["auto", "always"]
 
 TOLERANCE = 1e-9
-ACTIVATIONS = (
-    *(nn.ReLU, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.Hardswish, nn.SiLU, nn.GELU, nn.Mish),
-    *(nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.ELU, nn.Softplus),
-)
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 
 

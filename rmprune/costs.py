@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from rmprune.backends import Platform, time_deployed
 from rmprune.blocks import channel_guards, split_units
+from rmprune.composed import squeezed
 from rmprune.convert import convert
 from rmprune.errors import UsageError
 from rmprune.graph import Block, parse
@@ -232,7 +233,7 @@ def channel_savings(
     """
     if lowering == "plain":
         return _savings_when_plain(slim, example_input, layer_costs)
-    costs = layer_costs(sites(slim, example_input))
+    costs = layer_costs(sites(squeezed(slim), example_input))
     saved: dict[str, float] = {}
     readers: list[str] = []  # BNs whose channels the next convolution reads
     for item in parse(slim).items:
@@ -281,7 +282,7 @@ def body_savings(
         Path of the last convolution of each body to the saving, in the unit of the costs.
     """
     plain = lowering == "plain"
-    network = convert(slim, example_input[:1]) if plain else slim
+    network = convert(slim, example_input[:1]) if plain else squeezed(slim)
     costs = layer_costs(sites(network, example_input))
     saved = {}
     for block in parse(slim).blocks:

@@ -235,6 +235,8 @@ def read_image(file: Path, image_size: int | None) -> np.ndarray[Any, Any]:
 def _open(file: Path) -> Image.Image:
     try:
         with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):  # which "RGB" would clip to 255
+                raise ValueError(f"pixels of mode {image.mode}, not of 8 bits a channel")
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(

@@ -10,13 +10,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from rmprune.layers import ChannelGate, PartialActivation, PartialGroupNorm, is_depthwise
+from rmprune.layers import (
+    ACTIVATIONS,
+    ChannelGate,
+    PartialActivation,
+    PartialGroupNorm,
+    is_depthwise,
+)
 from rmprune.plain import PlainNet
 
-POINTWISE = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardswish, nn.SiLU, nn.GELU, nn.Mish),
-    *(nn.Tanh, nn.Sigmoid, nn.Hardsigmoid, PartialActivation),
-)
+POINTWISE = (*ACTIVATIONS, PartialActivation)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Activations that `rmprune.convert` carries channels past; all are of each number by itself.
+ACTIVATIONS = (
+    *(nn.ReLU, nn.Hardtanh, nn.LeakyReLU, nn.PReLU, nn.Hardswish, nn.SiLU, nn.GELU, nn.Mish),
+    *(nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.ELU, nn.Softplus),
+)
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
     "relu": F.relu,

@@ -12,14 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from rmprune.arena import Life, Plan, plan
-from rmprune.layers import ChannelGate, PartialActivation, PartialGroupNorm, ResidualBlock
+from rmprune.layers import (
+    ACTIVATIONS,
+    ChannelGate,
+    PartialActivation,
+    PartialGroupNorm,
+    ResidualBlock,
+)
 from rmprune.measure import eval_mode
 from rmprune.plain import PlainNet
 
 IN_PLACE = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardswish, nn.SiLU, nn.GELU, nn.Mish),
-    *(nn.Hardtanh, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.BatchNorm2d, nn.Identity, nn.Flatten),
-    *(nn.modules.dropout._DropoutNd, PartialActivation, PartialGroupNorm, ChannelGate),
+    *(*ACTIVATIONS, nn.BatchNorm2d, nn.Identity, nn.Flatten, nn.modules.dropout._DropoutNd),
+    *(PartialActivation, PartialGroupNorm, ChannelGate),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,11 @@ class OnnxGraph:
         dims = self.proto.graph.input[0].type.tensor_type.shape.dim
         return tuple(d.dim_value or None for d in dims)
 
-    def example_input(self) -> Tensor:
+    def example_input(self, image_shape: Sequence[int] | None = None) -> Tensor:
         """One image of noise, as the graph takes it.
+
+        Args:
+            image_shape: For graphs that do not say what they take.
 
         Raises:
             StoreError: The size of its images is not known.
@@ -67,9 +71,13 @@ class OnnxGraph:
         onnx = extra("onnx", "an ONNX file")
         kind = self.proto.graph.input[0].type.tensor_type.elem_type
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
-        sizes = [n for n in self._shape[1:] if n is not None]
-        if len(sizes) < len(self._shape) - 1:
-            raise StoreError("the ONNX graph does not say how large its images are")
+        known = self._shape[1:]
+        if None in known and len(image_shape or ()) != len(known):
+            raise StoreError(
+                "the ONNX graph does not say how large its images are; give --image-shape"
+            )
+        pairs = zip(known, image_shape or known, strict=False)
+        sizes = [int(size or given or 0) for size, given in pairs]
         noise = torch.randn(1, *sizes, generator=torch.Generator().manual_seed(0))
         return torch.from_numpy(
             (noise * 32 + 128 if dtype == "uint8" else noise).numpy().astype(dtype)

@@ -69,7 +69,8 @@ def _sweep_content(folder: Path) -> dict[str, Any]:
     for key in ("removed_params", "macs_ratio"):
         label, larger = AXES[key]
         axes.append({"key": key, "label": label, "larger": larger})
-    points = [_sweep_point(str(net), own) for net, own in rows.groupby("net", sort=False)]
+    several = rows["model"].nunique() > 1
+    points = [_sweep_point(str(net), own, several) for net, own in rows.groupby("net", sort=False)]
     task, layers = sweep.task_of(folder), {}
     for row in records(rows.drop_duplicates("net")):
         net = sweep.load_net(folder, row, len(task.classes))
@@ -90,9 +91,11 @@ def _sweep_content(folder: Path) -> dict[str, Any]:
     }
 
 
-def _sweep_point(net: str, own: pd.DataFrame) -> dict[str, Any]:
+def _sweep_point(net: str, own: pd.DataFrame, several_models: bool) -> dict[str, Any]:
     row = own.iloc[0]
     name, colour, _ = CURVES.get((row["method"], row["lowering"]), ("original", GREY, ""))
+    if several_models:
+        name = f"{name}, {row['model']}"
     speeds = {
         f"speedup {backend} {batch}": float(speedup)
         for backend, batch, speedup in zip(

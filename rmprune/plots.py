@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -26,6 +27,7 @@ CURVES = {
     ("torch-pruning:bn-scale", "residual"): ("Torch-Pruning, BN scale", ORANGE, "^"),
     ("torch-pruning:group-norm", "residual"): ("Torch-Pruning, group norm", VERMILION, "v"),
 }
+LINES = ("-", "--", ":", "-.")  # of the first model, the second, …
 # What can stand on the horizontal axis: its label, and whether a larger value is the better one.
 AXES = {
     "speedup": ("measured speed-up over the original", True),
@@ -51,10 +53,10 @@ def pareto_front(points: pd.DataFrame, x: str, y: str, larger: bool = True) -> p
 
 
 def draw_sweep(rows: pd.DataFrame, x: str, title: str = "") -> Figure:
-    """Draw accuracy against a cost, one curve for each method (RMNet, Figure 7).
+    """Draw accuracy against a cost, one curve for each method and model (RMNet, Figure 7).
 
-    Every net is a small point; large ones are means over the seeds, with their standard
-    deviations, and the line joins those that no other one of the method beats.
+    Every net is a small point; large ones are means over the seeds of a sweep, with their standard
+    deviations, and the line joins those that no other one of the method and model beats.
 
     Args:
         rows: Of ``results.csv``, merged with those of one platform of ``latencies.csv`` for
@@ -66,25 +68,32 @@ def draw_sweep(rows: pd.DataFrame, x: str, title: str = "") -> Figure:
     rows = rows.assign(percent=100 * rows["accuracy"])
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     axes = figure.subplots()
-    original = rows[rows["method"] == "original"]
-    if not original.empty:
+    models = list(rows["model"].unique())
+    for model in models:
+        original = rows[(rows["method"] == "original") & (rows["model"] == model)]
+        if original.empty:
+            continue
         level = original["percent"].iloc[0]
         axes.axhline(level, color=GREY, linewidth=1, linestyle="--", zorder=0)
         axes.plot(original[x], original["percent"], "*", color="black", markersize=12)
         axes.annotate(
-            f"original, {level:.2f} %",
+            f"{model if len(models) > 1 else 'original'}, {level:.2f} %",
             (original[x].iloc[0], level),
             textcoords="offset points",
             xytext=(8, 6) if larger else (-8, 6),
             ha="left" if larger else "right",
             fontsize=8,
         )
-    for (method, lowering), (name, colour, marker) in CURVES.items():
-        own = rows[(rows["method"] == method) & (rows["lowering"] == lowering)]
+    for (place, model), (curve, (name, colour, marker)) in itertools.product(
+        enumerate(models), CURVES.items()
+    ):
+        own = rows[rows["model"] == model]
+        own = own[(own["method"] == curve[0]) & (own["lowering"] == curve[1])]
         if own.empty:
             continue
         axes.plot(own[x], own["percent"], marker, color=colour, markersize=3, alpha=0.5)
-        points = own.groupby(["sparsity", "level"]).agg(
+        alike = [key for key in ("sweep", "sparsity", "level") if key in own]
+        points = own.groupby(alike).agg(
             x=(x, "mean"), y=("percent", "mean"), dx=(x, "std"), dy=("percent", "std")
         )
         seeds = own["seed"].nunique()
@@ -100,7 +109,15 @@ def draw_sweep(rows: pd.DataFrame, x: str, title: str = "") -> Figure:
             linewidth=1,
         )
         front = pareto_front(points, "x", "y", larger)
-        axes.plot(front["x"], front["y"], color=colour, marker=marker, markersize=7, label=name)
+        axes.plot(
+            front["x"],
+            front["y"],
+            color=colour,
+            marker=marker,
+            markersize=7,
+            linestyle=LINES[place % len(LINES)],
+            label=f"{name}, {model}" if len(models) > 1 else name,
+        )
     axes.set(xlabel=label, ylabel="test accuracy in %", title=title)
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.3)

@@ -83,7 +83,8 @@ def _layer_costs(
     slim: fx.GraphModule, cost: Cost, task: Task, config: SlimConfig, folder: Path
 ) -> LayerCosts:
     def network() -> nn.Module:
-        return slim if config.lowering == "auto" else convert(slim, task.example_input())
+        auto = config.lowering == "auto"
+        return squeezed(slim) if auto else convert(slim, task.example_input())
 
     return layer_costs(cost, network, task, config, folder)
 

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from rmprune.blocks import has_slim_form
 from rmprune.errors import PruningError
 from rmprune.graph import PadChannels, Subsample, parse, trace
+from rmprune.layers import is_depthwise
 from rmprune.norms import fold_shortcut
 
 Rival = Literal["torch-pruning:bn-scale", "torch-pruning:group-norm"]
@@ -142,11 +143,14 @@ def load_pruned(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         state: The narrower network's state dict.
     """
     for name, module in model.named_modules():
+        depthwise = isinstance(module, nn.Conv2d) and is_depthwise(module)
         for kind in ("weight", "bias"):
             if f"{name}.{kind}" in state:
                 setattr(module, kind, nn.Parameter(state[f"{name}.{kind}"]))
         if isinstance(module, nn.Conv2d):
             module.out_channels, per_group = module.weight.shape[:2]
+            if depthwise:
+                module.groups = module.out_channels
             module.in_channels = per_group * module.groups
         elif isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape

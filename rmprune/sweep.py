@@ -27,7 +27,7 @@ from torch import nn
 
 from rmprune import pruning, runs
 from rmprune.backends import Backend, Platform, time_deployed
-from rmprune.budgets import deployed_ratio
+from rmprune.budgets import ratio_to_original
 from rmprune.checkpoints import (
     LATER,
     Checkpoint,
@@ -303,6 +303,7 @@ def timed_results(folder: Path) -> pd.DataFrame:
         )
     rows = found.merge(latencies, on="net")
     return rows.assign(
+        sweep=str(folder),
         removed_params=1 - rows["params_ratio"],
         images_per_second=1000 * rows["batch_size"] / rows["latency_ms"],
     )
@@ -431,11 +432,16 @@ def _pruned_rival(
     model = _rival_model(config, len(data.classes))
     model.load_state_dict(trained.model)
 
-    def enough(smaller: nn.Module) -> bool:
-        if config.target is None:
+    if config.target is None:
+
+        def enough(smaller: nn.Module) -> bool:
             return least_importance(smaller, example, rival) >= config.threshold
+    else:
         target = Target.parse(config.target)
-        return deployed_ratio(target.kind, trained, smaller) <= target.value
+        ratio = ratio_to_original(target.kind, replace(trained, config=config))
+
+        def enough(smaller: nn.Module) -> bool:
+            return ratio(smaller) <= target.value
 
     smaller = prune_until(model, example, rival, enough, config.round_to).to(device)
     start = Checkpoint(f"{rival} pruned", config, trained.task, smaller.state_dict())

@@ -76,6 +76,34 @@ def test_batches(files):
         bench({"net": open_network(str(files / "one.onnx"))}, Platform("onnxruntime", batch_size=3))
 
 
+def test_graphs_that_do_not_know_their_size_are_told(files, tmp_path):
+    graph = onnx.load(files / "any.onnx")
+    for place, name in enumerate(("n", "c", "h", "w")):
+        graph.graph.input[0].type.tensor_type.shape.dim[place].dim_param = name
+    onnx.save(graph, tmp_path / "any.onnx")
+    assert open_network(str(tmp_path / "any.onnx"), (3, 16, 16))[1].shape == (1, 3, 16, 16)
+    with pytest.raises(StoreError, match="give --image-shape"):
+        open_network(str(tmp_path / "any.onnx"))
+
+
+@pytest.mark.parametrize("limits", [(0.5,), (0.5, 0.9)])
+def test_graphs_of_others_have_other_constants(tmp_path, limits):
+    make, kind = onnx.helper, onnx.TensorProto.FLOAT
+    names = [f"limit{place}" for place in range(len(limits))]
+    nodes = [
+        make.make_node("Constant", [], [name], value_float=limit)
+        for name, limit in zip(names, limits, strict=True)
+    ]
+    nodes.append(make.make_node("Clip", ["x", *names], ["y"]))
+    ends = [make.make_tensor_value_info(name, kind, (1, 3, 8, 8)) for name in "xy"]
+    graph = make.make_graph(nodes, "clip", ends[:1], ends[1:])
+    opset = [make.make_opsetid("", 17)]
+    onnx.save(make.make_model(graph, opset_imports=opset, ir_version=8), tmp_path / "clip.onnx")
+    networks = {"clip": open_network(str(tmp_path / "clip.onnx"))}
+    table = bench(networks, Platform("onnxruntime"), **QUICK)
+    assert (table["latency_ms"] > 0).all()
+
+
 def test_what_memory_grows_by():
     size = 64 * 2**20
     grown = resident_growth(lambda: torch.ones(size // 4))

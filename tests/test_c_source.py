@@ -105,6 +105,13 @@ def test_every_way_of_carrying(tmp_path, carry):
     check_in_c(convert(model, x, keep_bn=False, carry=carry), x, tmp_path)
 
 
+@pytest.mark.parametrize("counts_padding", [True, False])
+def test_windows_that_end_beyond_the_image(tmp_path, counts_padding):
+    pool = nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=counts_padding)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), pool, nn.Flatten()).eval()
+    check_in_c(net, torch.randn(1, 3, 10, 12), tmp_path)
+
+
 def test_residual_networks_too(tmp_path):
     stem = nn.Sequential(nn.Conv2d(3, 3, 7, 2, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
     model = nn.Sequential(stem, scramble(create_model("resnet20"))).eval()

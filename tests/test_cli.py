@@ -109,7 +109,8 @@ def test_the_stages_one_by_one(image_folder, tmp_path):
     accuracy = succeed("eval", net)
     assert re.fullmatch(r"(evaluate\n)?\d+\.\d\d % \(\d+ of \d+ images of .*\)\n", accuracy)
     assert succeed("eval", masked / "finetuned.pt").splitlines()[-1] == accuracy.splitlines()[-1]
-    succeed("finetune", "--plain", net, *words)
+    succeed("finetune", "--plain", net, "--finetune-epochs", 1)
+    assert Checkpoint.load(masked / "net-plain.pt").config.batch_size == 16
     assert (masked / "net-finetuned.safetensors").exists()
     assert "layer1_0_conv1" in succeed("inspect", masked / "net-finetuned.safetensors")
 

@@ -89,6 +89,14 @@ def test_a_body_saves_its_convolutions(slim, lowering):
         assert saved[prefix + "conv2"] == sum(conv.weight.numel() for conv in body)
 
 
+def test_blocks_that_are_composed_cost_what_they_are_squeezed_to():
+    composed = add_shortcut_bn(create_model("orepa_resnet20").eval())
+    plain = add_shortcut_bn(create_model("resnet20").eval())
+    for savings in (channel_savings, body_savings):
+        found, expected = (savings(m, IMAGE, counted("macs"), "auto") for m in (composed, plain))
+        assert sorted(found.values()) == sorted(expected.values())
+
+
 def test_channels_alone(slim):
     """An inner channel is half a row and half a column."""
     savings = channel_savings(slim, IMAGE, counted("uniform"), "auto")

@@ -115,6 +115,14 @@ def test_other_colour_modes_become_rgb(folder, mode):
     assert torch.equal(load_data(f"folder:{folder}").train.images[0], expected)
 
 
+@pytest.mark.parametrize(("mode", "dtype"), [("I;16", np.uint16), ("F", np.float32)])
+def test_pixels_that_would_be_clipped_are_refused(folder, mode, dtype):
+    path = folder / "train" / "cat" / "0.png"
+    path.unlink()
+    Image.fromarray(np.arange(30, dtype=dtype).reshape(5, 6)).save(path.with_suffix(".tif"))
+    refuse(f"folder:{folder}", rf"0.tif \(pixels of mode {mode}, not of 8 bits a channel\)")
+
+
 def test_different_sizes_need_image_size(folder):
     write(folder / "train" / "dog" / "1.png", size=(9, 5))
     refuse(f"folder:{folder}", r"dog/1.png has 9×5 pixels.*6×5; give --image-size")

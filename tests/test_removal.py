@@ -14,6 +14,7 @@ from torch import nn
 
 from rmprune.convert import convert
 from rmprune.errors import PruningError, UsageError
+from rmprune.layers import ACTIVATIONS
 from rmprune.models import create_model
 from rmprune.plain import PlainNet, Width
 from rmprune.removal import prune
@@ -182,15 +183,24 @@ def test_a_linear_layer_behind_flattened_maps_loses_all_positions():
     net = nn.Sequential(
         nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 11 * 8, 4)
     )
-    from collections import OrderedDict
-
-    from rmprune.plain import PlainNet
-
     net = scramble(PlainNet(OrderedDict(net.named_children()), (3, 13, 10))).double().eval()
     with torch.no_grad():
         net[1].weight[2] = 0  # β stays, and is folded into the linear layer exactly
     pruned = prune(net)
     assert pruned[-1].in_features == 5 * 11 * 8
+    assert_same(pruned(X), net(X))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda kind: kind.__name__)
+def test_what_a_dead_channel_leaves_passes_every_activation(activation):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), activation(), nn.Conv2d(6, 4, 1)]
+    net = scramble(PlainNet(OrderedDict(zip("abcd", layers, strict=True)), (3, 13, 10)))
+    net = net.double().eval()
+    with torch.no_grad():
+        net.b.weight[2:4] = 0
+    pruned = prune(net)
+    assert pruned.a.out_channels == 4
     assert_same(pruned(X), net(X))
 
 

@@ -50,6 +50,14 @@ def test_pruning_until_a_budget_is_met(model, rival):
     assert count_macs(again, X) == count_macs(smaller, X)
 
 
+def test_depthwise_convolutions_of_a_rivals_net_are_built_again():
+    model = scramble(create_model("mobilenetv2_rm")).eval()
+    before = count_macs(model, X)
+    smaller = prune_until(model, X, RIVALS[0], lambda net: count_macs(net, X) <= 0.9 * before)
+    again = load_pruned(create_model("mobilenetv2_rm"), smaller.state_dict())
+    torch.testing.assert_close(again(X), smaller(X), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("rival", RIVALS)
 def test_pruning_until_no_group_lies_under_a_threshold(model, rival):
     threshold = least_importance(model, X, rival) * 1.5

@@ -211,6 +211,22 @@ def test_nets_without_latencies_are_told_of(swept, timed, tmp_path):
         assert last not in set(sweeps.timed_results(tmp_path)["net"])
 
 
+def test_models_and_sweeps_are_not_averaged():
+    shared = {"sparsity": 0.01, "level": "macs=0.5", "seed": 0, "method": "rm", "lowering": "plain"}
+    rows = [
+        {**shared, "model": model, "sweep": sweep, "accuracy": accuracy, "speedup": speedup}
+        for model, sweep, accuracy, speedup in (
+            ("resnet20", "a", 0.90, 2.0),
+            ("resnet20", "b", 0.88, 3.0),
+            ("resnet56", "a", 0.94, 1.5),
+        )
+    ]
+    axes = draw_sweep(pd.DataFrame(rows), "speedup").axes[0]
+    fronts = {line.get_label(): list(line.get_xdata()) for line in axes.get_lines()}
+    assert fronts["rmprune, plain net, resnet20"] == [2.0, 3.0]
+    assert fronts["rmprune, plain net, resnet56"] == [1.5]
+
+
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
 def test_plots(swept, timed, tmp_path, ending):
     rows = sweeps.timed_results(swept[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -222,8 +223,8 @@ def plot(
 ) -> None:
     """Draw sweeps as the paper's Figure 7: accuracy against speed (a) and size (b).
 
-    A line joins the nets of a method that no other one of it beats; bars are standard
-    deviations over the seeds. Several sweeps become one picture.
+    A line joins the nets of a method and model that no other one of them beats; bars are
+    standard deviations over the seeds of a sweep. Several sweeps become one picture.
     """
     out = out or folders[0]
     rows = pd.concat([sweeps.timed_results(folder) for folder in folders])
@@ -328,8 +329,14 @@ def bench(
     places = [
         backends.Platform(engine, threads, size) for engine in engines for size in batch_sizes
     ]
+    for name, count in Counter(nets).items():
+        if count > 1:
+            raise UsageError(f"{name} is given {count} times; name each net once")
     found = {name: open_network(str(net_of(Path(name))), image_shape, num_classes) for name in nets}
-    sizes = {name: "×".join(map(str, image.shape[1:])) for name, (_, image) in found.items()}
+    # Raw images have their channels last.
+    sizes = {
+        name: "×".join(map(str, sorted(image.shape[1:]))) for name, (_, image) in found.items()
+    }
     if len(set(sizes.values())) > 1:
         of_each = ", ".join(f"{name} takes {size}" for name, size in sizes.items())
         click.echo(

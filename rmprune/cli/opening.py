@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import click
@@ -94,10 +95,18 @@ def open_net(file: Path) -> tuple[torch.nn.Module, Task | None, SlimConfig]:
         return checkpoint.build(), checkpoint.task, checkpoint.config
     net = load(file)
     task = task_of(net)
+    config = _settings_beside(file) or SlimConfig()
     if task is None:
-        return net, None, SlimConfig()
+        return net, None, config
     size = net.info.get("image_size")
-    return net, task, SlimConfig(data=task.data, image_size=size)
+    return net, task, dataclasses.replace(config, data=task.data, image_size=size)
+
+
+def _settings_beside(file: Path) -> SlimConfig | None:
+    """Those of the run in whose folder a net lies."""
+    kept = [file.parent / name for name in reversed(CHECKPOINTS)]
+    found = [path for path in kept if path.exists()]
+    return Checkpoint.load(found[0]).config if found else read_config(file.parent)
 
 
 def _hint_at_reach(config: SlimConfig, data: Dataset) -> None:

@@ -141,7 +141,7 @@ def finetune(run: Path, plain: bool, out: Path | None, resume: bool, **settings:
         if settings["distill"]:
             raise UsageError("a plain net has no original to learn from; leave --distill out")
         _, task, config = open_net(source)
-        config = dataclasses.replace(config, finetune_lr=runs.PLAIN_LR)
+        config = dataclasses.replace(config, finetune_lr=runs.PLAIN_LR, distill=False)
         checkpoint_path, net_path = runs.plain_paths(folder, source)
     else:
         masked = Checkpoint.load(source)
