@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import rmprune
+from rmprune import sweep as sweeps
 from rmprune.checkpoints import Checkpoint
 from rmprune.cli import main
 from rmprune.models import create_model
@@ -127,7 +129,9 @@ def test_targets_on_the_command_line(run):
     fail(1, "fine-tune the plain net", "finetune", "--plain", net, "--finetune-epochs", 1)
 
 
-def test_sweeping_and_plotting(image_folder, tmp_path):
+def test_sweeping_and_plotting(image_folder, tmp_path, monkeypatch):
+    quick = partial(sweeps.time_all, rounds=2, min_seconds=0.001)
+    monkeypatch.setattr("rmprune.cli.comparisons.sweeps.time_all", quick)
     out = tmp_path / "sweep"
     words = ["--data", f"folder:{image_folder}", "--epochs", 0, "--finetune-epochs", 0]
     words += ["--sparsity", 0.01, "--target", "macs=0.5", "--method", "torch-pruning:group-norm"]

@@ -128,7 +128,7 @@ def test_a_failed_point_does_not_stop_the_others(tiny, weights, tmp_path, monkey
     assert table["error"].dropna().tolist() == ["TrainingError: the loss is no longer finite"]
     assert table["accuracy"].notna().sum() == 3
     assert "failed: TrainingError" in said[0]
-    other = dataclasses.replace(sweep, levels=("threshold=0.5",))
+    other = dataclasses.replace(sweep, levels=("threshold=0.05",))
     assert sweeps.run(tmp_path, other, lambda: tiny, say=said.append)["error"].notna().sum() == 1
     monkeypatch.undo()
     again = sweeps.run(tmp_path, sweep, lambda: tiny, say=said.append)

@@ -333,11 +333,9 @@ def bench(
         if count > 1:
             raise UsageError(f"{name} is given {count} times; name each net once")
     found = {name: open_network(str(net_of(Path(name))), image_shape, num_classes) for name in nets}
+    sizes = {name: "×".join(map(str, image.shape[1:])) for name, (_, image) in found.items()}
     # Raw images have their channels last.
-    sizes = {
-        name: "×".join(map(str, sorted(image.shape[1:]))) for name, (_, image) in found.items()
-    }
-    if len(set(sizes.values())) > 1:
+    if len({tuple(sorted(image.shape[1:])) for _, image in found.values()}) > 1:
         of_each = ", ".join(f"{name} takes {size}" for name, size in sizes.items())
         click.echo(
             f"rmprune: note: images differ in size: {of_each}; models by name take --image-shape",
