@@ -104,9 +104,11 @@ def open_net(file: Path) -> tuple[torch.nn.Module, Task | None, SlimConfig]:
 
 def _settings_beside(file: Path) -> SlimConfig | None:
     """Those of the run in whose folder a net lies."""
-    kept = [file.parent / name for name in reversed(CHECKPOINTS)]
-    found = [path for path in kept if path.exists()]
-    return Checkpoint.load(found[0]).config if found else read_config(file.parent)
+    config = read_config(file.parent)
+    kept = [path for name in CHECKPOINTS if (path := file.parent / name).exists()]
+    if config is None and kept:  # of `rmprune prune`, whose folders have no config.json
+        return Checkpoint.load(kept[-1]).config
+    return config
 
 
 def _hint_at_reach(config: SlimConfig, data: Dataset) -> None:
