@@ -403,12 +403,9 @@ class _Writer:
         largest = node.op == "MaxPool"
         # What a window has of the image, and of its padding if that counts, but not of what lies
         # beyond, where ceil_mode lets windows end.
-        counts_padding = bool(attributes.get("count_include_pad", 0))
-        counted = "count"
-        if counts_padding and not attributes.get("ceil_mode", 0):
-            counted = f"{rows * columns}"
-        counting = counted == "count" and not largest
-        inside = f"count += v < {height + bottom} && h < {width + beyond};"
+        counts_padding = bool(attributes.get("count_include_pad", 0)) and not largest
+        counts_image = not counts_padding and not largest
+        padded = f"count += v < {height + bottom} && h < {width + beyond};"
         here = f"(c * {height} + v) * {width} + h"
         add = (
             f"value = fmaxf(value, {_load(source, here)});"
@@ -416,22 +413,22 @@ class _Writer:
             else (f"value += {_load(source, here)};")
         )
         self._note(output)
-        result = "value" if largest else f"value / (float){counted}"
+        result = "value" if largest else "value / (float)count"
         there = f"(c * {out_height} + i) * {out_width} + j"
         return [
             f"    for (int c = 0; c < {channels}; ++c)",
             f"        for (int i = 0; i < {out_height}; ++i)",
             f"            for (int j = 0; j < {out_width}; ++j) {{",
             f"                float value = {'-INFINITY' if largest else '0.0f'};",
-            *(["                int count = 0;"] if counting else []),
+            *(["                int count = 0;"] if not largest else []),
             f"                for (int u = 0; u < {rows}; ++u)",
             f"                    for (int k = 0; k < {columns}; ++k) {{",
             f"                        const int v = i * {down} - {top} + u;",
             f"                        const int h = j * {right} - {left} + k;",
-            *([f"                        {inside}"] if counting and counts_padding else []),
+            *([f"                        {padded}"] if counts_padding else []),
             f"                        if (v < 0 || v >= {height} || h < 0 || h >= {width})",
             "                            continue;",
-            *(["                        ++count;"] if counting and not counts_padding else []),
+            *(["                        ++count;"] if counts_image else []),
             f"                        {add}",
             "                    }",
             f"                {_store(output, there, result)}",
