@@ -71,16 +71,21 @@ def _sweep_content(folder: Path) -> dict[str, Any]:
         axes.append({"key": key, "label": label, "larger": larger})
     several = rows["model"].nunique() > 1
     points = [_sweep_point(str(net), own, several) for net, own in rows.groupby("net", sort=False)]
-    task, layers = sweep.task_of(folder), {}
+    task, layers, missing = sweep.task_of(folder), {}, []
     for row in records(rows.drop_duplicates("net")):
+        if not sweep.net_path(folder, row).exists():
+            missing.append(row["net"])
+            continue
         net = sweep.load_net(folder, row, len(task.classes))
         model = create_model(row["model"], num_classes=len(task.classes))
         layers[row["net"]] = _layers(net, model, task.image_shape)
     hardware = ", ".join(rows["hardware"].astype(str).unique())
+    # A folder that is kept under version control may hold its small nets only.
+    without = f"; no layers of {len(missing)} nets, whose files are gone" if missing else ""
     return {
         "title": f"Sweep {folder.resolve().name}",
         "subtitle": f"{len(points)} nets; latencies in one run a backend on {hardware}, "
-        f"{rows['threads'].iloc[0]} thread",
+        f"{rows['threads'].iloc[0]} thread{without}",
         "axes": axes,
         "points": points,
         "layers": layers,

@@ -14,14 +14,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from rmprune.errors import PruningError
-from rmprune.layers import Clamp
+from rmprune.layers import Clamp, ResidualBlock
 from rmprune.norms import EPS, Moments, Norm, folded
 from rmprune.plain import PlainNet
 
 
 def fold_bn(net: PlainNet) -> PlainNet:
-    """Fold every BN that stands behind a convolution into it."""
+    """Fold every BN that stands behind a convolution into it, inside of blocks, too."""
+    return net.with_layers(_folded_layers(net)).eval()
+
+
+def _folded_layers(net: nn.Sequential) -> OrderedDict[str, nn.Module]:
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     previous = ""
     for name, module in net.named_children():
@@ -29,9 +32,14 @@ def fold_bn(net: PlainNet) -> PlainNet:
         if isinstance(module, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d):
             layers[previous] = folded(conv, module)
             continue
-        layers[name] = copy.deepcopy(module)
+        if isinstance(module, ResidualBlock):
+            body = nn.Sequential(_folded_layers(module.body))
+            added, passed = copy.deepcopy((module.added, module.passed))
+            layers[name] = ResidualBlock(body, added, passed)
+        else:
+            layers[name] = copy.deepcopy(module)
         previous = name
-    return net.with_layers(layers).eval()
+    return layers
 
 
 def clamp_activations(net: nn.Module) -> nn.Module:
@@ -46,38 +54,47 @@ def clamp_activations(net: nn.Module) -> nn.Module:
 
 
 def calibrate_bn(net: PlainNet, calibration_batches: Iterable[Tensor]) -> PlainNet:
-    """Give every convolution a BN whose statistics are measured, for training a plain net.
+    """Give every convolution a BN whose statistics are measured, for training a net.
 
     In evaluation mode the net computes what it did, and in training mode it begins there
     (RMNet, appendix A.2: without BN the training of a plain net diverges). Kernels get the
     norm that random ones have, √2 for each output, and the BNs the factors: behind a BN a
-    step of training turns a kernel the further, the smaller it is.
+    step of training turns a kernel the further, the smaller it is. Blocks with additions
+    get theirs in the body; a convolution on the shortcut trains as it is, as in networks
+    with pre-activation.
 
     Args:
         net: In evaluation mode. BNs behind its convolutions are folded first.
         calibration_batches: Normalised images, ``(N, C, H, W)`` each.
-
-    Raises:
-        PruningError: The net is not plain.
     """
-    if not net.is_plain:
-        raise PruningError(
-            "this net has blocks with additions and trains no further; fine-tune the plain net "
-            "that it was lowered from"
-        )
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
     with torch.no_grad():
-        activations = list(calibration_batches)
-        for name, module in fold_bn(net).named_children():
-            activations = [module(batch) for batch in activations]
-            layers[name] = module
-            if isinstance(module, nn.Conv2d):
-                moments = Moments(module.out_channels)
-                for batch in activations:
-                    moments.add(batch)
-                layers[name], bn = _normalised(module, *moments.mean_and_var())
-                layers[f"{name}_bn"] = bn.to(module.weight)
-    return net.with_layers(layers).eval()
+        return net.with_layers(_normalised_layers(fold_bn(net), list(calibration_batches))).eval()
+
+
+def _normalised_layers(
+    net: nn.Sequential, activations: list[Tensor]
+) -> OrderedDict[str, nn.Module]:
+    """Those of a list without BNs, with a BN behind each convolution.
+
+    Args:
+        net: In evaluation mode.
+        activations: What goes into it, ``(N, C, H, W)`` each.
+    """
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for name, module in net.named_children():
+        inputs, activations = activations, [module(batch) for batch in activations]
+        if isinstance(module, ResidualBlock):
+            body = nn.Sequential(_normalised_layers(module.body, inputs))
+            layers[name] = ResidualBlock(body, module.added, module.passed)
+            continue
+        layers[name] = module
+        if isinstance(module, nn.Conv2d):
+            moments = Moments(module.out_channels)
+            for batch in activations:
+                moments.add(batch)
+            layers[name], bn = _normalised(module, *moments.mean_and_var())
+            layers[f"{name}_bn"] = bn.to(module.weight)
+    return layers
 
 
 def _normalised(conv: nn.Conv2d, mean: Tensor, var: Tensor) -> tuple[nn.Conv2d, nn.BatchNorm2d]:

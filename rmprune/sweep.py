@@ -193,7 +193,7 @@ def run(
         number = next(done)
         for row, net in rows:
             if net is not None:
-                write_bytes(net, folder / "nets" / row["net"])
+                write_bytes(net, net_path(folder, row))
         key = _key(task.method, task.config, level)
         _append(folder, [{**key, **row, "seconds": seconds} for row, _ in rows])
         for row, _ in rows:
@@ -355,7 +355,7 @@ def _add_original(folder: Path, config: SlimConfig, data: Dataset) -> None:
         return
     model = trained_model(config, len(data.classes)).eval()
     row = _measured(model, config, data, "residual", f"{config.model}-original.safetensors")
-    save_tensors(model.state_dict(), folder / "nets" / row["net"])
+    save_tensors(model.state_dict(), net_path(folder, row))
     _append(folder, [{**_key("original", config, "original"), **row}])
 
 
@@ -476,9 +476,14 @@ def _measured(
     }
 
 
+def net_path(folder: Path, row: Mapping[str, Any]) -> Path:
+    """Where the net of a row of ``results.csv`` is kept."""
+    return folder / "nets" / str(row["net"])
+
+
 def load_net(folder: Path, row: Mapping[str, Any], classes: int) -> nn.Module:
     """The net of a row of ``results.csv``."""
-    path = folder / "nets" / row["net"]
+    path = net_path(folder, row)
     if row["lowering"] != "residual":
         return load(path)
     model = create_model(row["model"], num_classes=classes).eval()

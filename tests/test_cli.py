@@ -117,7 +117,7 @@ def test_the_stages_one_by_one(image_folder, tmp_path):
     assert "layer1_0_conv1" in succeed("inspect", masked / "net-finetuned.safetensors")
 
 
-def test_targets_on_the_command_line(run):
+def test_targets_on_the_command_line(run, tmp_path):
     out, _ = run
     text = succeed("prune", out / "sparse.pt", "--target", "macs=0.5", "--lowering", "auto")
     found = re.search(r"macs: (0\.\d+) of the original resnet20's", text)
@@ -125,8 +125,16 @@ def test_targets_on_the_command_line(run):
     net = out / "macs-0.5" / "pruned.safetensors"
     assert "linear" in succeed("inspect", net)
     assert "%" in succeed("eval", net)
-    # Whatever needs additions gone says so.
-    fail(1, "fine-tune the plain net", "finetune", "--plain", net, "--finetune-epochs", 1)
+    # Its blocks with additions train on, with the original as teacher where one is named.
+    finetune = ("finetune", "--plain", net, "--finetune-epochs", 1)
+    fail(2, "name the trained weights to learn from: --weights", *finetune, "--distill")
+    torch.save(create_model("resnet20").state_dict(), tmp_path / "original.pt")
+    words = ("--distill", "--weights", tmp_path / "original.pt")
+    fail(2, "given with --plain", "finetune", out / "macs-0.5", *words)
+    succeed(*finetune, *words)
+    further = net.with_name("pruned-finetuned.safetensors")
+    assert not load(further).is_plain
+    assert Checkpoint.load(net.with_name("pruned-plain.pt")).config.distill
 
 
 def test_sweeping_and_plotting(image_folder, tmp_path, monkeypatch):

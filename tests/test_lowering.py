@@ -1,6 +1,7 @@
 """Shortcuts as additions again: equal in every form, on nets of every kind that slims."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -179,13 +180,37 @@ def test_lowered_nets_are_saved_and_loaded(tmp_path):
         assert again.widths == lowered.widths
 
 
-def test_lowered_nets_are_not_pruned_or_trained():
+def test_lowered_nets_are_not_pruned():
     _, net = pruned(create_model("resnet20").eval(), 0.3, torch.randn(1, 3, 16, 16))
     lowered = lower(net, torch.randn(1, 3, 16, 16), preferring("selection"))
     with pytest.raises(PruningError, match="prune the plain net"):
         prune(lowered)
-    with pytest.raises(PruningError, match="fine-tune the plain net"):
-        calibrate_bn(lowered, [])
+
+
+@pytest.mark.parametrize("form", ["selection", "convolution"])
+def test_lowered_nets_train_with_bns_inside_of_their_blocks(form):
+    _, net = pruned(create_model("resnet20").double().eval(), 0.5, torch.randn(1, 3, 16, 16))
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    lowered = lower(net, x[:1], preferring(form))
+    assert not lowered.is_plain
+
+    trained = calibrate_bn(lowered, [x[:2], x[2:]])
+
+    torch.testing.assert_close(trained(x), lowered(x))
+    for block in trained:
+        layers = list(block.body) if isinstance(block, ResidualBlock) else []
+        for conv, bn in pairwise(layers):
+            assert isinstance(bn, nn.BatchNorm2d) == isinstance(conv, nn.Conv2d)
+    # What training sees is normalised by the batch that was measured: it begins where it was.
+    training = copy.deepcopy(trained).train()
+    torch.testing.assert_close(training(x), lowered(x), rtol=1e-3, atol=1e-4)
+    (training(x) ** 2).sum().backward()
+    with torch.no_grad():
+        for parameter in training.parameters():
+            parameter -= 1e-3 * parameter.grad
+    folded = collapse(training.eval())
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
+    torch.testing.assert_close(folded(x), training(x))
 
 
 def test_selections():

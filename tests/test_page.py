@@ -75,6 +75,16 @@ def test_a_sweep_s_page(sweep_folder):
         assert "MMACs" in point["text"]
 
 
+def test_a_sweep_without_all_of_its_nets_has_a_page(sweep_folder, tmp_path):
+    folder = shutil.copytree(sweep_folder, tmp_path / "kept")
+    gone, *kept = sorted(path.name for path in (folder / "nets").iterdir())
+    (folder / "nets" / gone).unlink()
+    found = content(pages.page(folder))
+    assert {p["id"] for p in found["points"]} == {gone, *kept}
+    assert found["layers"].keys() == set(kept)
+    assert "no layers of 1 nets, whose files are gone" in found["subtitle"]
+
+
 def test_names_cannot_leave_the_data(run_folder, monkeypatch):
     monkeypatch.setattr(
         pages,

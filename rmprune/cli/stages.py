@@ -26,6 +26,7 @@ from rmprune.cli.options import (
     check_budget,
     config_of,
     given_settings,
+    is_given,
     options,
 )
 from rmprune.cli.words import progress_bar, say_size
@@ -115,8 +116,8 @@ def prune(run: Path, out: Path | None, **settings: Any) -> None:
 
 @main.command()
 @click.argument("run", type=EXISTING)
-@click.option("--plain", is_flag=True, help="Fine-tune a plain net: RUN is a .safetensors file.")
-@options(*TASK, "finetune_epochs", "distill", "finetune_lr", "batch_size", "seed", of_a_run=True)
+@click.option("--plain", is_flag=True, help="Fine-tune a saved net: RUN is a .safetensors file.")
+@options("model", "weights", *TASK, "finetune_epochs", "distill", "finetune_lr", "batch_size", "seed", of_a_run=True)
 @options(*AUGMENTATION, *HARDWARE, "log", of_a_run=True)
 @click.option("--out", type=FOLDER, help="Folder to write.  [default: the folder of RUN's files]")
 @options("resume")
@@ -124,10 +125,11 @@ def finetune(run: Path, plain: bool, out: Path | None, resume: bool, **settings:
     """Fine-tune what `rmprune prune` wrote, under its masks, and save the plain net of it.
 
     RUN is the folder or its masked.pt; or a finetuned.pt, from whose weights a new fine-tuning
-    begins, in an --out of its own. With --plain it is a plain net, whose every weight is
+    begins, in an --out of its own. With --plain it is a saved net, whose every weight is
     free: a BN is put behind each convolution and folded again at the end; the learning rate
-    is then 5e-4 by default, since narrow plain nets lose what they know at larger ones.
-    Options that are not given are those of the run.
+    is then 5e-4 by default, since narrow plain nets lose what they know at larger ones, and
+    --distill asks for the original, by --model and --weights or from the run in whose folder
+    the net lies. Options that are not given are those of the run.
     """
     source = run / "masked.pt" if run.is_dir() and not plain else run
     if not source.exists():
@@ -138,12 +140,12 @@ def finetune(run: Path, plain: bool, out: Path | None, resume: bool, **settings:
         )
     folder = out or source.parent
     if plain:
-        if settings["distill"]:
-            raise UsageError("a plain net has no original to learn from; leave --distill out")
         _, task, config = open_net(source)
         config = dataclasses.replace(config, finetune_lr=runs.PLAIN_LR, distill=False)
         checkpoint_path, net_path = runs.plain_paths(folder, source)
     else:
+        if is_given("model") or is_given("weights"):
+            raise UsageError("a run knows its --model and --weights; they are given with --plain")
         masked = Checkpoint.load(source)
         task, config = masked.task, masked.config
         checkpoint_path, net_path = folder / "finetuned.pt", folder / "net.safetensors"
