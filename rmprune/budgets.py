@@ -15,7 +15,7 @@ from rmprune.checkpoints import Checkpoint, SlimConfig, Task, pick_device
 from rmprune.costs import Cost, LayerCosts, counted, latency_table, measured, sites
 from rmprune.data import Dataset, hold_out
 from rmprune.measure import count_macs, count_params, evaluate
-from rmprune.models import create_model
+from rmprune.models import build_model
 from rmprune.store import write_csv
 
 
@@ -52,7 +52,7 @@ def deployed_ratio(kind: str, checkpoint: Checkpoint, net: nn.Module) -> float:
 def ratio_to_original(kind: str, checkpoint: Checkpoint) -> Callable[[nn.Module], float]:
     """What gives a net's cost as a share of the original model's; that is deployed once."""
     config, example = checkpoint.config, checkpoint.task.example_input()
-    original = create_model(config.model, num_classes=len(checkpoint.task.classes)).eval()
+    original = build_model(config.model, len(checkpoint.task.classes)).eval()
     if kind == "params":
         return lambda net: count_params(net) / count_params(original)
     if kind == "macs":

@@ -22,7 +22,7 @@ from rmprune.errors import StoreError, UsageError, first_line
 from rmprune.importance import Importance
 from rmprune.logs import LogKind
 from rmprune.lowering import Choose, Form, fastest, lower
-from rmprune.models import create_model
+from rmprune.models import build_model, create_model
 from rmprune.narrowing import narrow
 from rmprune.plain import PlainNet
 from rmprune.processes import local_device
@@ -329,8 +329,7 @@ class Checkpoint:
                 "this is a checkpoint of the fine-tuning of a plain net, kept for --resume; "
                 "its result is the .safetensors file beside it"
             )
-        model = create_model(self.config.model, num_classes=len(self.task.classes))
-        slim = slimmable(model)
+        slim = slimmable(build_model(self.config.model, len(self.task.classes)))
         if isinstance(slim, fx.GraphModule):
             if self.narrowed is not None:
                 narrow(slim, self.narrowed)

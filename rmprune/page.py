@@ -17,7 +17,7 @@ from torch import nn
 from rmprune import sweep
 from rmprune.checkpoints import read_config
 from rmprune.errors import UsageError
-from rmprune.models import create_model
+from rmprune.models import build_model
 from rmprune.plain import PlainNet
 from rmprune.plots import AXES, BLUE, CURVES, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 from rmprune.reports import FORMATS, layer_table, records, residual_table
@@ -77,7 +77,7 @@ def _sweep_content(folder: Path) -> dict[str, Any]:
             missing.append(row["net"])
             continue
         net = sweep.load_net(folder, row, len(task.classes))
-        model = create_model(row["model"], num_classes=len(task.classes))
+        model = build_model(row["model"], len(task.classes))
         layers[row["net"]] = _layers(net, model, task.image_shape)
     hardware = ", ".join(rows["hardware"].astype(str).unique())
     # A folder that is kept under version control may hold its small nets only.

@@ -40,7 +40,7 @@ from rmprune.checkpoints import (
 from rmprune.data import Dataset
 from rmprune.errors import UsageError
 from rmprune.measure import count_macs, count_params, evaluate
-from rmprune.models import create_model
+from rmprune.models import build_model
 from rmprune.progress import Track
 from rmprune.reports import environment, records
 from rmprune.rivals import (
@@ -456,7 +456,7 @@ def _measured(
 ) -> dict[str, Any]:
     """What a row tells besides its key; latencies come later, all in one run."""
     example = Task.of(data).example_input()
-    original = create_model(config.model, num_classes=len(data.classes)).eval()
+    original = build_model(config.model, len(data.classes)).eval()
     params, macs = count_params(model), count_macs(model, example)
     device = pick_device(config.device)
     correct, images = evaluate(
@@ -486,7 +486,7 @@ def load_net(folder: Path, row: Mapping[str, Any], classes: int) -> nn.Module:
     path = net_path(folder, row)
     if row["lowering"] != "residual":
         return load(path)
-    model = create_model(row["model"], num_classes=classes).eval()
+    model = build_model(row["model"], classes).eval()
     if row["method"] in get_args(Rival):
         model = with_convolved_shortcuts(model)
     return load_pruned(model, load_tensors(path))
@@ -527,7 +527,7 @@ def time_all(
         if row["model"] not in reference:
             name = f"{row['model']}-original"
             reference[row["model"]] = name
-            nets[name] = create_model(row["model"], num_classes=len(task.classes)).eval()
+            nets[name] = build_model(row["model"], len(task.classes)).eval()
     models = {row["net"]: row["model"] for row in rows}
     measured = []
     for platform in platforms:

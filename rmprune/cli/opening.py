@@ -12,7 +12,7 @@ from rmprune.checkpoints import Checkpoint, SlimConfig, Task, pick_device, read_
 from rmprune.cli.words import progress_bar
 from rmprune.data import Dataset, load_data
 from rmprune.errors import UsageError
-from rmprune.models import create_model
+from rmprune.models import build_model
 from rmprune.processes import agreed, is_restarted
 from rmprune.store import load
 from rmprune.training import total_step_size
@@ -58,7 +58,7 @@ def begin(out: Path, resume: bool, config: SlimConfig) -> Dataset:
             click.echo(f"rmprune: note: {out} holds no run to resume; a new one begins", err=True)
         pick_device(config.device)
         if config.weights is None:
-            create_model(config.model)
+            build_model(config.model, 1)
         images.append(load_images(config))
         _hint_at_reach(config, images[0])
 

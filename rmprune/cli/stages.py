@@ -117,8 +117,8 @@ def prune(run: Path, out: Path | None, **settings: Any) -> None:
 @main.command()
 @click.argument("run", type=EXISTING)
 @click.option("--plain", is_flag=True, help="Fine-tune a saved net: RUN is a .safetensors file.")
-@options("model", "weights", *TASK, "finetune_epochs", "distill", "finetune_lr", "batch_size", "seed", of_a_run=True)
-@options(*AUGMENTATION, *HARDWARE, "log", of_a_run=True)
+@options("model", "weights", *TASK, "finetune_epochs", "distill", "finetune_lr", of_a_run=True)
+@options("batch_size", "seed", *AUGMENTATION, *HARDWARE, "log", of_a_run=True)
 @click.option("--out", type=FOLDER, help="Folder to write.  [default: the folder of RUN's files]")
 @options("resume")
 def finetune(run: Path, plain: bool, out: Path | None, resume: bool, **settings: Any) -> None:

@@ -62,18 +62,7 @@ def create_model(
         UsageError: The name is unknown or the number of classes is not positive.
         WeightsError: The file cannot be read or does not fit the model.
     """
-    if num_classes < 1:
-        raise UsageError(f"a model needs at least one class, not {num_classes}")
-    if (builder := _builder(name)) is not None:
-        model = builder(num_classes)
-    elif name.startswith(TORCHVISION) and name.removeprefix(TORCHVISION) in _torchvision_names():
-        model = torchvision.models.get_model(
-            name.removeprefix(TORCHVISION), weights=None, num_classes=num_classes
-        )
-    elif name.startswith(TIMM) and name.removeprefix(TIMM) in _timm_names():
-        model = _timm().create_model(name.removeprefix(TIMM), num_classes=num_classes)
-    else:
-        raise UsageError(f"unknown model {name!r}; {_nearest(name)}")
+    model = build_model(name, num_classes)
     if weights is None:
         pretrain_coders(model)
     else:
@@ -85,8 +74,27 @@ def create_model(
     return model
 
 
+def build_model(name: str, num_classes: int) -> nn.Module:
+    """The same to put weights into: all of them are random.
+
+    Raises:
+        UsageError: The name is unknown or the number of classes is not positive.
+    """
+    if num_classes < 1:
+        raise UsageError(f"a model needs at least one class, not {num_classes}")
+    if (builder := _builder(name)) is None:
+        raise UsageError(f"unknown model {name!r}; {_nearest(name)}")
+    return builder(num_classes)
+
+
 def _builder(name: str) -> Builder | None:
-    """What builds one of rmprune's own models."""
+    """What builds a model, if there is one of this name."""
+    short = name.partition(":")[2]
+    if name.startswith(TORCHVISION) and short in _torchvision_names():
+        make = torchvision.models.get_model
+        return lambda classes: make(short, weights=None, num_classes=classes)
+    if name.startswith(TIMM) and short in _timm_names():
+        return lambda classes: _timm().create_model(short, num_classes=classes)
     found = (family.builder_of(name) for family in _FAMILIES)
     return _BUILDERS.get(name) or next((builder for builder in found if builder), None)
 
