@@ -128,7 +128,7 @@ def test_targets_on_the_command_line(run, tmp_path):
     # Its blocks with additions train on, with the original as teacher where one is named.
     finetune = ("finetune", "--plain", net, "--finetune-epochs", 1)
     fail(2, "name the trained weights to learn from: --weights", *finetune, "--distill")
-    torch.save(create_model("resnet20").state_dict(), tmp_path / "original.pt")
+    torch.save(create_model("resnet20", num_classes=3).state_dict(), tmp_path / "original.pt")
     words = ("--distill", "--weights", tmp_path / "original.pt")
     fail(2, "given with --plain", "finetune", out / "macs-0.5", *words)
     succeed(*finetune, *words)
