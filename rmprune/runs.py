@@ -37,6 +37,7 @@ from rmprune.checkpoints import (
 )
 from rmprune.convert import convert
 from rmprune.data import Dataset, hold_out
+from rmprune.equalization import equalize
 from rmprune.errors import UsageError
 from rmprune.logs import as_table, opened
 from rmprune.lowering import Choose, likeliest
@@ -46,7 +47,7 @@ from rmprune.processes import agreed, is_first
 from rmprune.progress import Track, no_progress
 from rmprune.pruning import channel_weights, prune
 from rmprune.reports import compare, environment
-from rmprune.rewrite import calibrate_bn, collapse
+from rmprune.rewrite import calibrate_bn, collapse, fold_bn
 from rmprune.slimming import Penalty, scale_parameters, scales_of, slimmable
 from rmprune.store import load, save, write_csv, write_json
 from rmprune.targets import Target
@@ -177,7 +178,9 @@ def finetune_plain(
     """
     device = pick_device(config.device)
     path, result = plain_paths(folder, source)
-    net = calibrate_bn(load(source).to(device), run_calibration(config, data, device))
+    images = run_calibration(config, data, device)
+    # Channels of very different sizes would want learning rates of their own.
+    net = calibrate_bn(equalize(fold_bn(load(source).to(device)), images), images)
     new = Checkpoint("plain", config, Task.of(data), net.state_dict())
     checkpoint = agreed(lambda: new.resumed(path))
     net.load_state_dict(checkpoint.model)
