@@ -81,7 +81,7 @@ def _sweep_content(folder: Path) -> dict[str, Any]:
         layers[row["net"]] = _layers(net, model, task.image_shape)
     hardware = ", ".join(rows["hardware"].astype(str).unique())
     # A folder that is kept under version control may hold its small nets only.
-    without = f"; no layers of {len(missing)} nets, whose files are gone" if missing else ""
+    without = f"; {len(missing)} without files, so without layers" if missing else ""
     return {
         "title": f"Sweep {folder.resolve().name}",
         "subtitle": f"{len(points)} nets; latencies in one run a backend on {hardware}, "

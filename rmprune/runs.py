@@ -174,7 +174,8 @@ def finetune_plain(
 ) -> Checkpoint:
     """Fine-tune a saved plain net with all weights free, going on where its checkpoint stands.
 
-    Behind each convolution trains a BN of its own, which is folded again at the end.
+    Channels are brought to one range first, and behind each convolution trains a BN of its own,
+    which is folded again at the end.
     """
     device = pick_device(config.device)
     path, result = plain_paths(folder, source)

@@ -130,7 +130,8 @@ def test_targets_on_the_command_line(run, tmp_path):
     fail(2, "name the trained weights to learn from: --weights", *finetune, "--distill")
     torch.save(create_model("resnet20", num_classes=3).state_dict(), tmp_path / "original.pt")
     words = ("--distill", "--weights", tmp_path / "original.pt")
-    fail(2, "given with --plain", "finetune", out / "macs-0.5", *words)
+    fail(2, "with --plain --distill", "finetune", out / "macs-0.5", *words)
+    fail(2, "with --plain --distill", *finetune, *words[1:])
     succeed(*finetune, *words)
     further = net.with_name("pruned-finetuned.safetensors")
     assert not load(further).is_plain

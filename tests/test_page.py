@@ -82,7 +82,7 @@ def test_a_sweep_without_all_of_its_nets_has_a_page(sweep_folder, tmp_path):
     found = content(pages.page(folder))
     assert {p["id"] for p in found["points"]} == {gone, *kept}
     assert found["layers"].keys() == set(kept)
-    assert "no layers of 1 nets, whose files are gone" in found["subtitle"]
+    assert "1 without files, so without layers" in found["subtitle"]
 
 
 def test_names_cannot_leave_the_data(run_folder, monkeypatch):

@@ -21,7 +21,7 @@ from rmprune.errors import PruningError, StoreError, TrainingError, UsageError
 from rmprune.measure import count_macs, evaluate
 from rmprune.models import create_model
 from rmprune.slimming import scales_of
-from rmprune.store import load
+from rmprune.store import load, save
 
 CONFIG = dataclasses.replace(
     SHORT, epochs=2, finetune_epochs=2, sparsity=0.05, threshold=0.3, lr=0.05, lowering="plain"
@@ -239,6 +239,23 @@ def test_plain_finetuning_frees_every_weight_and_folds_again(run, tiny, tmp_path
     )  # finished: going on changes nothing
     again = runs.finetune_plain(tmp_path, source, CONFIG, tiny)
     states_equal(again.model, stopped.model)
+
+
+def test_plain_finetuning_does_not_depend_on_the_sizes_of_channels(run, tiny, tmp_path):
+    folder, _, _, _ = run
+    net = load(folder / "net.safetensors")
+    losses = []
+    for name, factor in (("as_it_is", 1), ("scaled", 2**12)):
+        first, reader = [layer for layer in net if isinstance(layer, nn.Conv2d)][:2]
+        with torch.no_grad():  # powers of two are exact
+            first.weight[0] *= factor
+            first.bias[0] *= factor
+            reader.weight[:, 0] /= factor
+        save(net, tmp_path / f"{name}.safetensors")
+        config = dataclasses.replace(CONFIG, finetune_epochs=1, finetune_lr=0.05)
+        done = runs.finetune_plain(tmp_path, tmp_path / f"{name}.safetensors", config, tiny)
+        losses.append(done.history[-1]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_no_epochs_keep_the_model(tiny, tmp_path):

@@ -139,13 +139,16 @@ def finetune(run: Path, plain: bool, out: Path | None, resume: bool, **settings:
             + (f"give one of {pruned}" if pruned else f"select channels first: rmprune prune {run}")
         )
     folder = out or source.parent
+    if (is_given("model") or is_given("weights")) and not (plain and settings["distill"]):
+        raise UsageError(
+            "--model and --weights name what a saved net learns from, with --plain --distill; "
+            "a run knows its own"
+        )
     if plain:
         _, task, config = open_net(source)
         config = dataclasses.replace(config, finetune_lr=runs.PLAIN_LR, distill=False)
         checkpoint_path, net_path = runs.plain_paths(folder, source)
     else:
-        if is_given("model") or is_given("weights"):
-            raise UsageError("a run knows its --model and --weights; they are given with --plain")
         masked = Checkpoint.load(source)
         task, config = masked.task, masked.config
         checkpoint_path, net_path = folder / "finetuned.pt", folder / "net.safetensors"
