@@ -62,8 +62,9 @@ class SlimConfig:
         schedule: How λ rises over the training, see `rmprune.training.penalty_share`.
         threshold: Channels with a smaller scale go.
         target: ``KIND=VALUE``, a budget instead of a threshold; see `rmprune.targets`.
-        importance: What a target takes channels by: their ``"scale"``, or what is lost
-            without them, the ``"loss"``; see `rmprune.importance`.
+        importance: What a target takes channels by: their ``"scale"``, the ``"group-norm"`` of
+            all their weights (see `rmprune.importance`), or what is lost without them, the
+            ``"loss"`` (see `rmprune.greedy`).
         round_to: Widths become multiples of this where there are channels to keep for it.
         prune_steps: In how many steps the target is reached, with fine-tuning behind each.
         cost: What a channel costs, for the penalty and for a target of accuracy.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -31,7 +32,8 @@ from rmprune.costs import Cost, LayerCosts, body_savings, channel_savings, relat
 from rmprune.data import Dataset, hold_out
 from rmprune.errors import PruningError, UsageError
 from rmprune.graph import parse
-from rmprune.importance import Importance, by_loss, by_scale, spare
+from rmprune.greedy import by_loss, spare
+from rmprune.importance import Importance, by_group_norm, by_scale
 from rmprune.lowering import Choose, Form, likeliest
 from rmprune.narrowing import cut, move_statistics, narrow, widen
 from rmprune.plain_pruning import plain_pruned
@@ -190,6 +192,12 @@ def _masked_within(
     cost: Cost = target.kind if target.kind != "accuracy-drop" else config.cost
     if config.importance == "loss":
         scores = _loss_scores(slim, cost, checkpoint.task, config, data, kept)
+    elif config.importance == "group-norm":
+        within = _within(config.scope, slim, dict.fromkeys(scales_of(slim), 1.0))
+        scores = {
+            name: score if within[name] else torch.full_like(score, math.inf)
+            for name, score in by_group_norm(slim, config.round_to).items()
+        }
     else:
         scores = by_scale(slim, channel_weights(slim, cost, checkpoint.task, config, kept))
     thresholds = thresholds_of(scores)

@@ -15,7 +15,7 @@ from rmprune.blocks import split_units
 from rmprune.convert import convert
 from rmprune.costs import body_savings, channel_savings, counted
 from rmprune.graph import parse
-from rmprune.importance import by_loss
+from rmprune.greedy import by_loss
 from rmprune.joints import joints_of
 from rmprune.lowering import lower
 from rmprune.measure import count_macs, count_params

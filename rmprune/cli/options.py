@@ -92,10 +92,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "images (--holdout). Channels go by their scale over what their removal saves.",
     },
     "importance": {
-        "type": click.Choice(["scale", "loss"]),
+        "type": click.Choice(["scale", "group-norm", "loss"]),
         "default": DEFAULTS.importance,
-        "help": "Let a target take channels by their scale, or by what the outputs lose without "
-        "them, searched greedily: for models that were not trained for sparsity.",
+        "help": "Let a target take channels by their scale; by the norm of all weights that go "
+        "with them, as Torch-Pruning's group-norm pruner does; or by what the outputs lose without "
+        "them, searched greedily. The latter two ask for no sparsity training.",
     },
     "round_to": {
         "type": click.IntRange(min=1),
