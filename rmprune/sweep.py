@@ -303,7 +303,7 @@ def timed_results(folder: Path) -> pd.DataFrame:
         )
     rows = found.merge(latencies, on="net")
     return rows.assign(
-        sweep=str(folder),
+        sweep=rows.get("sweep", str(folder)),  # a table gathered from several has it
         removed_params=1 - rows["params_ratio"],
         images_per_second=1000 * rows["batch_size"] / rows["latency_ms"],
     )

@@ -3,8 +3,9 @@
     python experiments/figure7/gather.py OUT SWEEP...
 
 OUT gets the nets, results.csv, sweep.json and latencies.csv of a sweep. Nets whose files are gone
-(plain nets, say, which are too large to keep under version control) stay out; a net that
-stands in several sweeps is that of the first. One sweep must hold the original's file.
+(plain nets, say, which are too large to keep under version control) stay out. Nets get the name
+of their sweep before theirs, and pictures take means over the seeds of each sweep by itself. The
+original is that of the first sweep that holds its file.
 """
 
 import shutil
@@ -30,11 +31,13 @@ def main(out: Path, sweeps: tuple[Path, ...]) -> None:
     for folder in sweeps:
         rows = sweep.results(folder).dropna(subset=["net"])
         here = [sweep.net_path(folder, row).exists() for row in records(rows)]
-        tables.append(rows[here])
-        for row in records(rows[here]):
-            if not sweep.net_path(out, row).exists():
-                shutil.copy(sweep.net_path(folder, row), sweep.net_path(out, row))
-    write_csv(pd.concat(tables).drop_duplicates("net"), out / "results.csv")
+        named = rows[here].assign(sweep=folder.name, net=f"{folder.name}-" + rows[here]["net"])
+        for row, own in zip(records(named), records(rows[here]), strict=True):
+            shutil.copy(sweep.net_path(folder, own), sweep.net_path(out, row))
+        tables.append(named)
+    found = pd.concat(tables)
+    again = (found["method"] == "original") & found.duplicated(sweep.KEY)
+    write_csv(found[~again], out / "results.csv")
     notes = [read_json(folder / "sweep.json") for folder in sweeps]
     plans = [plan for note in notes for plan in note["plans"]]
     write_json({"task": notes[0]["task"], "plans": plans}, out / "sweep.json")
