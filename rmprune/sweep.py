@@ -29,6 +29,7 @@ from rmprune import pruning, runs
 from rmprune.backends import Backend, Platform, time_deployed
 from rmprune.budgets import ratio_to_original
 from rmprune.checkpoints import (
+    HOW,
     LATER,
     Checkpoint,
     SlimConfig,
@@ -72,6 +73,7 @@ COLUMNS = [
     *(*KEY, "lowering", "accuracy", "params", "macs", "params_ratio", "macs_ratio"),
     *("epochs", "finetune_epochs", "net", "seconds", "hardware", "error"),
 ]
+VARIED = frozenset({"model", "weights", "sparsity", "seed", "threshold", "target"})
 Say = Callable[[str], None]
 
 
@@ -275,8 +277,26 @@ def _note_plan(folder: Path, sweep: Sweep, task: Task) -> None:
     path = folder / "sweep.json"
     plan = json.loads(json.dumps(dataclasses.asdict(sweep)))
     plans = read_json(path)["plans"] if path.exists() else []
+    for earlier in plans:
+        _check_alike(folder, earlier, plan)
     if plan not in plans:
         write_json({"task": dataclasses.asdict(task), "plans": [*plans, plan]}, path)
+
+
+def _check_alike(folder: Path, earlier: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    """Refuse a plan some of whose points an earlier one had with other settings.
+
+    Such points would count as done, or go on from what others have begun.
+    """
+    axes = ("models", "methods", "sparsities", "levels", "seeds")
+    if not all(any(value in earlier[axis] for value in plan[axis]) for axis in axes):
+        return
+    for setting, value in earlier["base"].items():
+        if setting not in HOW | VARIED and plan["base"].get(setting, value) != value:
+            raise UsageError(
+                f"{folder} has points of this sweep with --{setting.replace('_', '-')} {value}; "
+                "give the same, or another --out"
+            )
 
 
 def task_of(folder: Path) -> Task:
@@ -318,15 +338,6 @@ def _is_done(folder: Path, method: str, config: SlimConfig, level: str) -> bool:
     rows = results(folder)
     for column, value in _key(method, config, level).items():
         rows = rows[rows[column] == value]
-    if method != "original":
-        for column in ("epochs", "finetune_epochs"):
-            others = set(rows[column].dropna()) - {getattr(config, column)}
-            if others:
-                option = f"--{column.replace('_', '-')}"
-                raise UsageError(
-                    f"{folder} has {method} {level} with {option} {others.pop():g}; give the same, "
-                    "or another --out"
-                )
     return bool(rows["error"].isna().any())
 
 

@@ -162,9 +162,16 @@ def test_a_stopped_sweep_goes_on(tiny, weights, tmp_path, monkeypatch):
 
 def test_points_of_other_trainings_are_not_mixed(swept, tiny, weights):
     folder, _, _ = swept
-    base = dataclasses.replace(SHORT, finetune_epochs=7)
-    with pytest.raises(UsageError, match="with --finetune-epochs"):
-        sweeps.run(folder, plan(weights, base=base), lambda: tiny, say=lambda _: None)
+    for changes, before in (
+        ({"finetune_epochs": 7}, "--finetune-epochs 1"),
+        ({"importance": "loss"}, "--importance scale"),
+    ):
+        base = dataclasses.replace(SHORT, **changes)
+        other = plan(weights, base=base, levels=("macs=0.5",))
+        with pytest.raises(UsageError, match=f"has points of this sweep with {before}"):
+            sweeps.run(folder, other, lambda: tiny, say=lambda _: None)
+    base = dataclasses.replace(SHORT, log="none")  # which no point depends on
+    sweeps.run(folder, plan(weights, base=base), lambda: tiny, say=lambda _: None)
     base = dataclasses.replace(SHORT, lr=9.0)
     other = plan(weights, base=base, methods=("rm",), levels=("threshold=0.06",))
     table = sweeps.run(folder, other, lambda: tiny, say=lambda _: None)
