@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rmprune.errors import StoreError
 from rmprune.store import load_tensors, save_tensors
 
 # An epoch of ImageNet has 5 GB of outputs, which are not worth their disk.
@@ -32,14 +33,15 @@ def lessons(
     Args:
         batches: Images and labels, at least one, all of one size.
         teach: The teacher; None leaves its outputs out.
-        path: Read if it exists, else written behind the last batch, unless it would be too large.
-            It must have a name of its own for all that the outputs depend on, see `key`.
+        path: Read if it exists and is whole, else written behind the last batch, unless it would
+            be too large. It must have a name of its own for all that the outputs depend on, see
+            `key`.
     """
     if teach is None:
         yield from ((images, labels, None) for images, labels in batches)
         return
-    if path is not None and path.exists():
-        kept = load_tensors(path)["outputs"]
+    kept = _kept(path)
+    if kept is not None:
         for (images, labels), outputs in zip(batches, kept, strict=True):
             yield images, labels, outputs.to(images.device, non_blocking=True)
         return
@@ -53,6 +55,16 @@ def lessons(
         yield images, labels, outputs
     if path is not None:
         save_tensors({"outputs": torch.stack(said)}, path)
+
+
+def _kept(path: Path | None) -> Tensor | None:
+    """The outputs in a file; None where there is none that can be read: they can be had again."""
+    if path is None or not path.exists():
+        return None
+    try:
+        return load_tensors(path)["outputs"]
+    except (StoreError, KeyError):
+        return None
 
 
 def key(teacher: nn.Module, *settings: object) -> str:

@@ -25,6 +25,17 @@ def test_lessons_are_the_batches_and_what_the_teacher_says(tmp_path):
     list(lessons(batches(), pytest.fail, path))
 
 
+def test_what_is_damaged_is_asked_for_again(tmp_path):
+    path = tmp_path / "0.safetensors"
+    list(lessons(batches(), teach, path))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8])
+    assert all(
+        torch.equal(said, teach(images)) for images, _, said in lessons(batches(), teach, path)
+    )
+    assert path.read_bytes() == whole
+
+
 def test_without_a_teacher_nothing_is_said(tmp_path):
     assert all(outputs is None for *_, outputs in lessons(batches(), None, tmp_path / "0"))
     assert not list(tmp_path.iterdir())
