@@ -294,8 +294,8 @@ def _check_alike(folder: Path, earlier: Mapping[str, Any], plan: Mapping[str, An
     for setting, value in earlier["base"].items():
         if setting not in HOW | VARIED and plan["base"].get(setting, value) != value:
             raise UsageError(
-                f"{folder} has points of this sweep with --{setting.replace('_', '-')} {value}; "
-                "give the same, or another --out"
+                f"{folder} was begun for points of this sweep with --{setting.replace('_', '-')} "
+                f"{value}; give the same, or another --out"
             )
 
 

@@ -168,7 +168,7 @@ def test_points_of_other_trainings_are_not_mixed(swept, tiny, weights):
     ):
         base = dataclasses.replace(SHORT, **changes)
         other = plan(weights, base=base, levels=("macs=0.5",))
-        with pytest.raises(UsageError, match=f"has points of this sweep with {before}"):
+        with pytest.raises(UsageError, match=f"begun for points of this sweep with {before}"):
             sweeps.run(folder, other, lambda: tiny, say=lambda _: None)
     base = dataclasses.replace(SHORT, log="none")  # which no point depends on
     sweeps.run(folder, plan(weights, base=base), lambda: tiny, say=lambda _: None)
