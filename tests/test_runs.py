@@ -355,6 +355,24 @@ def test_a_target_of_latency_is_met(run, tiny, tmp_path):
     assert found < 0.75  # the machine is shared; the search itself asks for 0.6
 
 
+def test_group_norms_meet_a_target_and_leave_what_is_out_of_scope(run, tiny, tmp_path):
+    config = dataclasses.replace(
+        CONFIG, importance="group-norm", target="macs=0.5", lowering="auto", round_to=8
+    )
+    masked = pruning.prune(run[1], config, tmp_path / "all", tiny)
+    net = load(tmp_path / "all" / "pruned.safetensors")
+    assert 0.4 < deployed_ratio("macs", masked, net) <= 0.5
+    inner = pruning.prune(run[1], dataclasses.replace(config, scope="inner"), tmp_path / "in", tiny)
+    gone, gone_inside = (
+        {name for name, mask in found.narrowed.keep.items() if not mask.all()}
+        for found in (masked, inner)
+    )
+    inside = {f"layer{stage}.{block}.bn1" for stage in (1, 2, 3) for block in (0, 1, 2)}
+    assert gone - inside
+    assert gone_inside
+    assert gone_inside <= inside
+
+
 def test_losses_are_searched_once_a_training(run, tiny, tmp_path, monkeypatch):
     searched = []
 
