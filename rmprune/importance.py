@@ -66,7 +66,9 @@ def by_group_norm(slim: fx.GraphModule, round_to: int = 1) -> dict[str, Tensor]:
             alive[part] |= scales[name] > 0
             if place > 0 or name not in heads:  # option A begins with channels of another stream
                 total[part] += squares[name]
-        shared = _in_multiples(total * alive / total.max(), round_to)
+        total *= alive
+        largest = total.max().clamp(min=torch.finfo(total.dtype).tiny)  # nothing may be left
+        shared = _in_multiples(total / largest, round_to)
         for name, part in parts.items():
             scores[name] = torch.minimum(scores.get(name, shared[part]), shared[part])
     return scores

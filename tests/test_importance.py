@@ -1,5 +1,6 @@
 """Scores of channels by their scales and by all of their weights."""
 
+import copy
 import math
 
 import pytest
@@ -81,6 +82,18 @@ def test_tensors_keep_multiples_and_no_body_goes(slim, round_to, threshold):
         assert all(torch.equal(scores[name], scores[made[0]]) for name in made)
     masks = select(slim, threshold, scores=scores, lowering="auto", round_to=round_to)
     assert all(masks.keep[f"layer{s}.{b}.bn1"].any() for s in (1, 2, 3) for b in (0, 1, 2))
+
+
+def test_the_largest_norm_of_those_left_is_one(slim):
+    model = copy.deepcopy(slim)
+    bn = model.get_submodule("layer1.0.bn1")
+    largest = by_group_norm(model)["layer1.0.bn1"].argmax()
+    bn.weight.data[largest] = 0
+    scores = by_group_norm(model)["layer1.0.bn1"]
+    assert scores[largest] == 0
+    assert scores.max() == 1
+    bn.weight.data.zero_()
+    assert (by_group_norm(model)["layer1.0.bn1"] == 0).all()
 
 
 def test_what_is_off_has_no_norm():

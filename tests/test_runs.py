@@ -18,6 +18,7 @@ from rmprune import checkpoints, pruning, runs, store
 from rmprune.budgets import deployed_ratio
 from rmprune.data import hold_out
 from rmprune.errors import PruningError, StoreError, TrainingError, UsageError
+from rmprune.lowering import likeliest
 from rmprune.measure import count_macs, evaluate
 from rmprune.models import create_model
 from rmprune.slimming import scales_of
@@ -356,13 +357,15 @@ def test_a_target_of_latency_is_met(run, tiny, tmp_path):
 
 
 def test_group_norms_meet_a_target_and_leave_what_is_out_of_scope(run, tiny, tmp_path):
+    # inner channels alone, in multiples of 8, leave a quarter: less asks for the streams, too
     config = dataclasses.replace(
-        CONFIG, importance="group-norm", target="macs=0.5", lowering="auto", round_to=8
+        CONFIG, importance="group-norm", target="macs=0.2", lowering="auto", round_to=8
     )
-    masked = pruning.prune(run[1], config, tmp_path / "all", tiny)
+    masked = pruning.prune(run[1], config, tmp_path / "all", tiny, likeliest)
     net = load(tmp_path / "all" / "pruned.safetensors")
-    assert 0.4 < deployed_ratio("macs", masked, net) <= 0.5
-    inner = pruning.prune(run[1], dataclasses.replace(config, scope="inner"), tmp_path / "in", tiny)
+    assert 0.1 < deployed_ratio("macs", masked, net) <= 0.2
+    config = dataclasses.replace(config, target="macs=0.5", scope="inner")
+    inner = pruning.prune(run[1], config, tmp_path / "in", tiny, likeliest)
     gone, gone_inside = (
         {name for name, mask in found.narrowed.keep.items() if not mask.all()}
         for found in (masked, inner)
