@@ -101,19 +101,10 @@ def test_what_has_no_page(tmp_path):
         pages.page(tmp_path)
 
 
-@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
-@pytest.mark.parametrize("kind", ["run", "sweep"])
-def test_a_browser_draws_it(kind, run_folder, sweep_folder, tmp_path):
-    folder = run_folder if kind == "run" else sweep_folder
-    html = pages.page(folder)
-    # Point at the first net and click the last one, as a reader would.
-    act = """<script>
-      const dots = document.querySelectorAll("circle.point");
-      dots[0].dispatchEvent(new Event("mouseenter"));
-      dots[dots.length - 1].dispatchEvent(new Event("click"));
-    </script></body>"""
+def drawn(html, act, tmp_path):
+    """The page as Chromium has it after a script of a reader's acts, and what went wrong."""
     file = tmp_path / "page.html"
-    file.write_text(html.replace("</body>", act))
+    file.write_text(html.replace("</body>", f"<script>{act}</script></body>"))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
     flags += ["--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}"]
     done = subprocess.run(
@@ -123,9 +114,40 @@ def test_a_browser_draws_it(kind, run_folder, sweep_folder, tmp_path):
         timeout=120,
         check=True,
     )
-    points = content(html)["points"]
-    assert done.stdout.count('class="point') == len(points)
-    assert done.stdout.count("point chosen") == 1
-    assert points[0]["text"].splitlines()[0] in done.stdout
-    assert "<th>parameters</th>" in done.stdout
     assert "Uncaught" not in done.stderr
+    return done.stdout.partition("<script")[0]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+@pytest.mark.parametrize("kind", ["run", "sweep"])
+def test_a_browser_draws_it(kind, run_folder, sweep_folder, tmp_path):
+    html = pages.page(run_folder if kind == "run" else sweep_folder)
+    act = """
+      const dots = document.querySelectorAll("circle.point");
+      dots[0].dispatchEvent(new Event("mouseenter"));
+      dots[dots.length - 1].dispatchEvent(new Event("click"));
+    """
+    page = drawn(html, act, tmp_path)
+    points = content(html)["points"]
+    assert page.count('class="point') == len(points)
+    assert page.count("point chosen") == 1
+    assert points[0]["text"].splitlines()[0] in page
+    assert "<th>parameters</th>" in page
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+def test_a_browser_begins_with_a_net_that_has_layers(sweep_folder, tmp_path):
+    folder = shutil.copytree(sweep_folder, tmp_path / "kept")
+    *_, last = content(pages.page(folder))["points"]
+    (folder / "nets" / last["id"]).unlink()
+    html = pages.page(folder)
+    assert "<th>parameters</th>" in drawn(html, "", tmp_path)
+    act = f"""
+      document.querySelector("circle[data-net='{last["id"]}']").dispatchEvent(new Event("click"));
+      const axis = document.getElementById("axis");
+      axis.selectedIndex = 1;
+      axis.dispatchEvent(new Event("change"));
+    """
+    page = drawn(html, act, tmp_path)
+    assert "Layers are shown of nets whose files" in page
+    assert re.search(rf'class="point chosen"[^>]*data-net="{re.escape(last["id"])}"', page)
