@@ -23,7 +23,7 @@ from rmprune.importance import Importance
 from rmprune.logs import LogKind
 from rmprune.lowering import Choose, Form, fastest, lower
 from rmprune.models import build_model, create_model
-from rmprune.narrowing import narrow
+from rmprune.narrowing import narrow, widths_before
 from rmprune.plain import PlainNet
 from rmprune.processes import local_device
 from rmprune.removal import prune as remove_dead_channels
@@ -420,7 +420,15 @@ def deploy(checkpoint: Checkpoint, choose: Choose | None = None) -> PlainNet:
     """
     config, example = checkpoint.config, checkpoint.task.example_input()
     model = checkpoint.build()
-    net = model if isinstance(model, PlainNet) else convert(model, example, keep_bn=False)
+    if isinstance(model, PlainNet):
+        net = model
+    else:
+        net = convert(model, example, keep_bn=False)
+        if checkpoint.narrowed is not None:
+            slim = slimmable(build_model(config.model, len(checkpoint.task.classes)))
+            assert isinstance(model, fx.GraphModule)
+            assert isinstance(slim, fx.GraphModule)
+            net.converted_widths = widths_before(net.converted_widths, model, slim)
     net = collapse(remove_dead_channels(net))
     origin = {"model": config.model, "image_size": config.image_size}
     net.info = {**origin, **dataclasses.asdict(checkpoint.task)}

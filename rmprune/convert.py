@@ -34,7 +34,7 @@ from rmprune.layers import ACTIVATIONS, PartialGroupNorm
 from rmprune.layout import Downsample, Layout, weights_with_and_without_merging
 from rmprune.linear import Geometry, Rows, Value, add, concatenate, join, sorted_unique
 from rmprune.norms import folded, norm_of_bn
-from rmprune.plain import PlainNet, Width
+from rmprune.plain import PlainNet, Width, plain_name
 from rmprune.rewrite import calibrate_bn
 from rmprune.steps import (
     Addition,
@@ -389,7 +389,7 @@ class _Compiler:
 
     def _emit(self, name: str, module: nn.Module) -> str:
         """Write a layer in the network's dtype, once it has run in float64."""
-        name = name.replace(".", "_")
+        name = plain_name(name)
         while name in self.layers:
             name += "_"
         self.state = module.eval()(self.state)

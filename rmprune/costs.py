@@ -23,6 +23,7 @@ from rmprune.convert import convert
 from rmprune.errors import UsageError
 from rmprune.graph import Block, parse
 from rmprune.measure import eval_mode
+from rmprune.plain import plain_name
 from rmprune.rewrite import with_weights
 
 Cost = Literal["uniform", "macs", "params", "latency"]
@@ -287,14 +288,10 @@ def body_savings(
     saved = {}
     for block in parse(slim).blocks:
         names = [unit.conv.name for unit in split_units(block.body)]
-        own = [_plain_name(name) if plain else name for name in names]
+        own = [plain_name(name) if plain else name for name in names]
         # A body of one convolution can have become one with what stands before it.
         saved[names[-1]] = sum(costs[name].whole for name in own if name in costs)
     return saved
-
-
-def _plain_name(path: str) -> str:
-    return path.replace(".", "_")
 
 
 def _share(saved: dict[str, float], bns: list[str], cost: float) -> None:
@@ -307,7 +304,7 @@ def _savings_when_plain(
 ) -> dict[str, float]:
     plain = convert(slim, example_input[:1])
     costs = layer_costs(sites(plain, example_input))
-    guards = {_plain_name(name): bns for name, bns in channel_guards(parse(slim)).items()}
+    guards = {plain_name(name): bns for name, bns in channel_guards(parse(slim)).items()}
     saved: dict[str, float] = {}
     for name, follower in pairwise(costs):
         for bn in guards.get(name, ()):

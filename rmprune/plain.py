@@ -41,7 +41,8 @@ class PlainNet(nn.Sequential):
         layers: The layers in order, by unique name.
         input_shape: ``(channels, height, width)`` of one image.
         converted_widths: Output channels of every convolution when the net was converted,
-            by layer name; the reserved channels stand behind the layer's own.
+            by layer name; the reserved channels stand behind the layer's own. Of a net that a run
+            pruned before it was converted, those before.
         widths: The same, as they are now.
         info: What else a user of the net must know, as JSON values: class names,
             normalisation, data set.
@@ -77,3 +78,8 @@ class PlainNet(nn.Sequential):
             self.widths if widths is None else widths,
             self.info,
         )
+
+
+def plain_name(path: str) -> str:
+    """What a residual network's layer is called in its plain net, by the layer's path."""
+    return path.replace(".", "_")

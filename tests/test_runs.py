@@ -16,6 +16,7 @@ from torch import nn
 
 from rmprune import checkpoints, pruning, runs, store
 from rmprune.budgets import deployed_ratio
+from rmprune.convert import convert
 from rmprune.data import hold_out
 from rmprune.errors import PruningError, StoreError, TrainingError, UsageError
 from rmprune.lowering import likeliest
@@ -322,6 +323,13 @@ def ratio(kind, folder, config):
             map(torch.numel, original.parameters())
         )
     return count_macs(net, x) / count_macs(original, x)
+
+
+def test_a_net_knows_its_widths_before_it_was_pruned(run):
+    folder, sparse, _, finetuned = run
+    whole = convert(sparse.build(), sparse.task.example_input()).converted_widths
+    assert load(folder / "net.safetensors").converted_widths == whole
+    assert any(not mask.all() for mask in finetuned.narrowed.keep.values())
 
 
 @pytest.mark.parametrize("lowering", ["plain", "auto"])
