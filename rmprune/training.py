@@ -351,18 +351,20 @@ def _accuracy(
     layout: torch.memory_format,
 ) -> float:
     """Share of the test images, of which every process takes its part."""
-    mine = data.test.at(processes.part(len(data.test.labels)))
-    counts = evaluate(
-        model,
-        mine,
-        mean=data.mean,
-        std=data.std,
-        device=device,
-        autocast=dtype,
-        memory_format=layout,
-    )
-    correct, images = processes.total(torch.tensor(counts)).tolist()
-    return float(correct / images)
+    images = len(data.test.labels)
+    counts = (0, 0)
+    if processes.rank() < images or images == 0:  # there may be fewer than processes
+        counts = evaluate(
+            model,
+            data.test.at(processes.part(images)),
+            mean=data.mean,
+            std=data.std,
+            device=device,
+            autocast=dtype,
+            memory_format=layout,
+        )
+    correct, evaluated = processes.total(torch.tensor(counts)).tolist()
+    return float(correct / evaluated)
 
 
 def _functions(

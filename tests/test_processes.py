@@ -78,11 +78,11 @@ def shared(tmp_path_factory):
 
 CHECKS = """
 import torch
-from test_processes import decided, normalised, trained
+from test_processes import accuracy_on_two_images, decided, normalised, trained
 from rmprune import processes
 
 with processes.joined():
-    found = decided(), normalised(processes.part(7)), trained()
+    found = decided(), normalised(processes.part(7)), trained(), accuracy_on_two_images()
     torch.save(found, f"{sys.argv[1]}/{processes.rank()}.pt")
 """
 
@@ -137,9 +137,21 @@ def trained():
 def test_three_processes_take_the_steps_of_one(checked):
     """Images, BNs, gradients and the penalty; the loss itself is computed in float32."""
     loss, state = trained()
-    for _, _, (found_loss, found) in checked:
+    for _, _, (found_loss, found), _ in checked:
         assert found_loss == pytest.approx(loss, rel=1e-6)
         torch.testing.assert_close(found, state, rtol=1e-6, atol=1e-6)
+
+
+def accuracy_on_two_images():
+    torch.manual_seed(0)
+    data = few()
+    data = dataclasses.replace(data, test=data.test.at(slice(2)))
+    model, device = create_model("resnet20").eval(), torch.device("cpu")
+    return training._accuracy(model, data, device, None, torch.contiguous_format)
+
+
+def test_more_processes_than_test_images(checked):
+    assert [accuracy for *_, accuracy in checked] == [accuracy_on_two_images()] * 3
 
 
 def test_a_killed_process_is_restarted(shared, tmp_path):
@@ -174,7 +186,7 @@ def decided():
 
 
 def test_the_first_process_decides(checked):
-    outcomes = [outcome for outcome, _, _ in checked]
+    outcomes = [outcome for outcome, *_ in checked]
     assert outcomes == [(3, 7, "ZeroDivisionError"), *[(3, 7, "PeerError")] * 2]
 
 
@@ -207,5 +219,5 @@ def normalised(part):
 
 def test_synchronized_bns_are_torchs_of_the_whole_batch(checked):
     expected = normalised(slice(None))
-    for _, found, _ in checked:
+    for _, found, *_ in checked:
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
