@@ -85,6 +85,14 @@ def test_a_sweep_without_all_of_its_nets_has_a_page(sweep_folder, tmp_path):
     assert "1 without files, so without layers" in found["subtitle"]
 
 
+def test_points_of_several_models_say_which(sweep_folder):
+    rows = sweep.timed_results(sweep_folder)
+    own = rows[rows["net"] == rows["net"].iloc[-1]]
+    alone, beside = (pages._sweep_point("net", own, several) for several in (False, True))
+    assert beside["curve"] == f"{alone['curve']}, resnet20"
+    assert beside["name"].startswith(beside["curve"])
+
+
 def test_names_cannot_leave_the_data(run_folder, monkeypatch):
     monkeypatch.setattr(
         pages,

@@ -1,6 +1,7 @@
 """PNNH: parameters as published, coders that are pretrained and frozen, and the plain form."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from safetensors.torch import save_file
 from strategies import scramble
 from torch import nn
 
+from rmprune.checkpoints import Checkpoint, SlimConfig, Task
 from rmprune.convert import convert
 from rmprune.errors import ConversionError, UsageError
 from rmprune.measure import count_params
-from rmprune.models import create_model
+from rmprune.models import create_model, registry
 from rmprune.models.coder import Coder, pretrain_coders
 from rmprune.models.pnnh import NETWORKS, Network, plain_net, pnnh_net
 from rmprune.models.pnnh_blocks import (
@@ -25,6 +27,7 @@ from rmprune.models.pnnh_blocks import (
     PlainMlp,
     conv,
 )
+from rmprune.slimming import slimmable
 from rmprune.training import TrainingConfig, fit
 
 X = torch.randn(2, 3, 13, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -182,6 +185,22 @@ def test_pretraining_restores_more_than_the_mean(coder, shape):
     assert not any(weight.requires_grad for weight in coder.parameters())
     assert all(weight.grad is None for weight in coder.parameters())
     assert all((old != new).any() for old, new in zip(before, coder.parameters(), strict=True))
+
+
+def test_checkpoints_pretrain_nothing(monkeypatch):
+    """Their coders have weights already, and pretraining takes seconds."""
+    monkeypatch.setitem(registry._BUILDERS, "pnnh_tiny", partial(pnnh_net, TINY))
+    trained = slimmable(create_model("pnnh_tiny").double())
+    task = Task("digits", tuple("0123456789"), (3, 13, 10), (0.5,) * 3, (0.5,) * 3)
+    checkpoint = Checkpoint("sparse", SlimConfig("pnnh_tiny"), task, trained.state_dict())
+
+    def refuse(*_):
+        raise AssertionError("pretrained in vain")
+
+    monkeypatch.setattr(registry, "pretrain_coders", refuse)
+    with pytest.raises(AssertionError, match="in vain"):
+        create_model("pnnh_tiny")
+    torch.testing.assert_close(checkpoint.build().double()(X), trained(X), rtol=0, atol=1e-5)
 
 
 def test_pretraining_on_other_inputs_restores_those_better():
