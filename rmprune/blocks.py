@@ -9,6 +9,7 @@ from torch import nn
 
 from rmprune.errors import ConversionError
 from rmprune.graph import Block, Chain, Layer, PadChannels, Subsample, is_identity, parse, trace
+from rmprune.layers import is_depthwise
 from rmprune.norms import Norm, norm_of
 
 
@@ -151,6 +152,17 @@ def split_units(body: Sequence[Layer]) -> list[Unit]:
             units[-1].activation.name, "an activation between a block's last layer and its addition"
         )
     return units
+
+
+def inner_tensors(units: Sequence[Unit]) -> list[list[Unit]]:
+    """The tensors inside of a body: each convolution with the depthwise ones behind it."""
+    tensors: list[list[Unit]] = []
+    for unit in units[:-1]:
+        if tensors and is_depthwise(unit.kernel):
+            tensors[-1].append(unit)
+        else:
+            tensors.append([unit])
+    return tensors
 
 
 def starts_with_bn(block: Block) -> bool:

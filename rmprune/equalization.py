@@ -250,7 +250,7 @@ class _Chains:
         if names is None:
             self.freeze(made)
             return
-        source = names[layer.indices]
+        source = names[layer.indices.cpu()]
         if layer.scale is None:
             self.tie(made, source)
         else:

@@ -14,8 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from rmprune.blocks import starts_with_bn, streams
+from rmprune.blocks import inner_tensors, split_units, starts_with_bn, streams
 from rmprune.graph import Block, Chain, Layer, parse
+from rmprune.layers import is_depthwise
 from rmprune.slimming import scales_of
 
 Importance = Literal["scale", "group-norm", "loss"]
@@ -40,25 +41,26 @@ def by_group_norm(slim: fx.GraphModule, round_to: int = 1) -> dict[str, Tensor]:
     The squares of a channel's rows, columns and BN scales are added up over the layers that
     share it, as Torch-Pruning's group-norm pruner does (DepGraph: Fang et al. 2023, arXiv
     2301.12900, section 3.3), whatever the channel costs: so all tensors lose about the same
-    share, streams too (see `rmprune.blocks.streams`), and no body is lost altogether. The BNs
-    put at the heads of shortcuts are no weights of the network and do not count.
+    share, streams too (see `rmprune.blocks.streams`), and some of each is left up to a threshold
+    of 1. The BNs put at the heads of shortcuts are no weights of the network and do not count.
 
     Args:
         slim: A slimmable model; trained, but not for sparsity.
         round_to: So many channels of a tensor get one score, that of the best of them.
 
     Returns:
-        The scores of every BN, ``(channels,)``, in [0, 1].
+        The scores of every BN, ``(channels,)``, in [0, 1]; inf where no BN makes what a shortcut
+        carries, as of the image.
     """
     chain = parse(slim)
     scales = {name: scale.double().cpu() for name, scale in scales_of(slim).items()}
     squares = _squared_weights(chain, scales)
-    tensors = streams(chain)
-    streamed = {name for stream in tensors for name in stream}
-    tensors += [{name: 0} for name in scales if name not in streamed]
     heads = {block.shortcut[0].name for block in chain.blocks if starts_with_bn(block)}
     scores: dict[str, Tensor] = {}
-    for bns in tensors:
+    for bns in _tensors(chain, scales):
+        if bns.keys() <= heads:
+            scores |= {name: torch.full_like(scales[name], math.inf) for name in bns}
+            continue
         parts = {name: slice(at, at + len(scales[name])) for name, at in bns.items()}
         total = torch.zeros(max(part.stop for part in parts.values()), dtype=torch.float64)
         alive = torch.zeros(len(total), dtype=torch.bool)
@@ -74,6 +76,35 @@ def by_group_norm(slim: fx.GraphModule, round_to: int = 1) -> dict[str, Tensor]:
     return scores
 
 
+def _tensors(chain: Chain, names: Iterable[str]) -> list[dict[str, int]]:
+    """Every tensor with channels of its own: its BNs, with the channel that their first one is."""
+    tensors = streams(chain)
+    for tied in _tied(chain):
+        home = next((tensor for tensor in tensors if tensor.keys() & tied), None)
+        if home is None:
+            tensors.append(dict.fromkeys(tied, 0))
+        else:
+            first = next(home[name] for name in tied if name in home)
+            home.update({name: first for name in tied if name not in home})
+    placed = {name for tensor in tensors for name in tensor}
+    return [*tensors, *({name: 0} for name in names if name not in placed)]
+
+
+def _tied(chain: Chain) -> list[list[str]]:
+    """The BNs before and behind depthwise convolutions, which have the same channels."""
+    runs: list[list[str]] = [[]]
+    for item in chain.items:
+        if isinstance(item, Block):
+            inside = inner_tensors(split_units(item.body))
+            runs += [[unit.bn.name for unit in run if unit.bn is not None] for run in inside]
+            runs.append([])
+        elif isinstance(item.module, nn.BatchNorm2d):
+            runs[-1].append(item.name)
+        elif isinstance(item.module, nn.Conv2d) and not is_depthwise(item.module):
+            runs.append([])
+    return [run for run in runs if len(run) > 1]
+
+
 def _squared_weights(chain: Chain, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """By BN, squares of its scales and of the weights that make its channels and that read them.
 
@@ -82,18 +113,22 @@ def _squared_weights(chain: Chain, scales: Mapping[str, Tensor]) -> dict[str, Te
     squares = {name: torch.zeros_like(scale) for name, scale in scales.items()}
 
     def along(layers: Iterable[Layer], tensor: str | None = None) -> str | None:
-        maker = None
+        made = None
         for layer in layers:
             module = layer.module
             if isinstance(module, nn.BatchNorm2d):
                 tensor = layer.name
-                if maker is not None:
-                    squares[tensor] += _by_output(maker) + scales[tensor] ** 2
+                if made is not None:
+                    squares[tensor] += made + scales[tensor] ** 2
+                made = None
             elif isinstance(module, nn.Conv2d | nn.Linear):
-                if tensor is not None:  # a linear layer may read several positions of a channel
+                made = _by_output(module)
+                if is_depthwise(module):  # Torch-Pruning leaves its weights out
+                    made = torch.zeros_like(made)
+                elif tensor is not None:  # a linear layer may read several positions of a channel
                     read = _by_input(module)
                     squares[tensor] += read.reshape(len(squares[tensor]), -1).sum(1)
-                maker, tensor = module, None
+                tensor = None
         return tensor
 
     tensor: str | None = None

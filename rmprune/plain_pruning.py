@@ -46,7 +46,7 @@ def plain_pruned(
         A checkpoint that is ready to be fine-tuned: behind each convolution there is a BN.
 
     Raises:
-        UsageError: Channels shall go by their loss, or no images were held out.
+        UsageError: Channels shall go by anything but scales, or no images were held out.
         PruningError: The target cannot be met.
         ConversionError: The model does not convert.
     """
@@ -114,7 +114,7 @@ def _per_cost(
 
 
 def check_by_scale(config: SlimConfig) -> None:
-    """Refuse to prune anything but chains of residual blocks by what is lost without channels."""
+    """Refuse any other importance than scales, which asks for a chain of residual blocks."""
     if config.importance != "scale":
         raise UsageError(
             f"{config.model} is no chain of residual blocks: it is pruned as a plain net, by "

@@ -197,7 +197,7 @@ def plot_run(metrics: pd.DataFrame, net: PlainNet, path: Path) -> None:
     before = [net.converted_widths[name].total for name in names]
     own = [net.widths[name].own if name in net.widths else 0 for name in names]
     reserved = [net.widths[name].reserved if name in net.widths else 0 for name in names]
-    right.bar(places, before, color="#E8E8E8", width=0.9, label="as converted")
+    right.bar(places, before, color="#E8E8E8", width=0.9, label="before pruning")
     right.bar(places, own, color=BLUE, width=0.9, label="own channels kept")
     right.bar(places, reserved, bottom=own, color=ORANGE, width=0.9, label="reserved kept")
     right.set(ylabel="output channels", title="Channels of the plain net, layer by layer")

@@ -114,7 +114,7 @@ def layer_table(net: PlainNet) -> pd.DataFrame:
 
     Returns:
         A row for each convolution and linear layer: ``layer``, ``channels_before`` and
-        ``channels`` (outputs as converted, and now), ``reserved_before`` and ``reserved``
+        ``channels`` (outputs before pruning, and now), ``reserved_before`` and ``reserved``
         (how many of them are carried through a block), ``kernel``, ``params`` and, if the
         net knows its input shape, ``macs``. A convolution that is no longer there has 0 channels.
     """

@@ -172,7 +172,7 @@ def plain_paths(folder: Path, source: Path) -> tuple[Path, Path]:
 def finetune_plain(
     folder: Path, source: Path, config: SlimConfig, data: Dataset, track: Track = no_progress
 ) -> Checkpoint:
-    """Fine-tune a saved plain net with all weights free, going on where its checkpoint stands.
+    """Fine-tune a saved net with all weights free, going on where its checkpoint stands.
 
     Channels are brought to one range first, and behind each convolution trains a BN of its own,
     which is folded again at the end.

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, fx, nn
 
-from rmprune.blocks import Unit, split_units
+from rmprune.blocks import Unit, inner_tensors, split_units
 from rmprune.costs import Lowering
 from rmprune.errors import PruningError, UsageError
 from rmprune.graph import Block, Layer, PadChannels, Subsample, parse
@@ -282,18 +282,11 @@ def inner_sections(units: Sequence[Unit]) -> dict[str, int]:
 
 
 def _runs(units: Sequence[Unit]) -> tuple[list[list[Unit]], list[int]]:
-    """The tensors inside of a body: each convolution with the depthwise ones behind it.
+    """The tensors inside of a body, and the groups of the convolutions around them, one more.
 
-    Returns:
-        These, and the groups of the convolutions around them, one more. A depthwise convolution
-        counts as one group, since it loses channels one by one.
+    A depthwise convolution counts as one group, since it loses channels one by one.
     """
-    runs: list[list[Unit]] = []
-    for unit in units[:-1]:
-        if runs and is_depthwise(unit.kernel):
-            runs[-1].append(unit)
-        else:
-            runs.append([unit])
+    runs = inner_tensors(units)
     around = [run[0].kernel for run in runs] + [units[-1].kernel]
     return runs, [1 if is_depthwise(conv) else conv.groups for conv in around]
 

@@ -288,14 +288,19 @@ def _check_alike(folder: Path, earlier: Mapping[str, Any], plan: Mapping[str, An
 
     Such points would count as done, or go on from what others have begun.
     """
-    axes = ("models", "methods", "sparsities", "levels", "seeds")
-    if not all(any(value in earlier[axis] for value in plan[axis]) for axis in axes):
+    axes = ("methods", "sparsities", "levels", "seeds")
+    weights, base = dict(earlier["models"]), earlier["base"]
+    shared = [model for model in plan["models"] if model[0] in weights]
+    if not shared or not all(any(value in earlier[axis] for value in plan[axis]) for axis in axes):
         return
-    for setting, value in earlier["base"].items():
-        if setting not in HOW | VARIED and plan["base"].get(setting, value) != value:
+    settings = [(name, base[name], plan["base"].get(name, base[name])) for name in base]
+    settings = [setting for setting in settings if setting[0] not in HOW | VARIED]
+    settings += [("weights", weights[model], given) for model, given in shared]
+    for name, before, now in settings:
+        if now != before:
             raise UsageError(
-                f"{folder} was begun for points of this sweep with --{setting.replace('_', '-')} "
-                f"{value}; give the same, or another --out"
+                f"{folder} was begun for points of this sweep with --{name.replace('_', '-')} "
+                f"{before}; give the same, or another --out"
             )
 
 
@@ -322,8 +327,9 @@ def timed_results(folder: Path) -> pd.DataFrame:
             stacklevel=2,
         )
     rows = found.merge(latencies, on="net")
+    gathered = "sweep" in rows  # from several, whose names are unique in this folder alone
     return rows.assign(
-        sweep=rows.get("sweep", str(folder)),  # a table gathered from several has it
+        sweep=str(folder) + "/" + rows["sweep"] if gathered else str(folder),
         removed_params=1 - rows["params_ratio"],
         images_per_second=1000 * rows["batch_size"] / rows["latency_ms"],
     )

@@ -47,9 +47,13 @@ def test_thresholds_are_on_scales():
 @settings(max_examples=15)
 @given(residual_networks(shortcuts=("identity", "projection")))
 def test_group_norms_are_those_of_torch_pruning(model):
+    compare_with_torch_pruning(model, torch.randn(2, 3, 13, 10).double())
+
+
+def compare_with_torch_pruning(model, example):
     scores = by_group_norm(add_shortcut_bn(model))
     (outputs,) = (m for m in model.modules() if isinstance(m, nn.Linear))
-    graph = tp.DependencyGraph().build_dependency(model, torch.randn(2, 3, 13, 10).double())
+    graph = tp.DependencyGraph().build_dependency(model, example)
     importance = tp.importance.GroupMagnitudeImportance(p=2, normalizer="max")
     names = {module: name for name, module in model.named_modules()}
     compared = set()
@@ -61,6 +65,22 @@ def test_group_norms_are_those_of_torch_pruning(model):
                 torch.testing.assert_close(scores[name], expected, rtol=1e-5, atol=1e-5)
                 compared.add(name)
     assert compared == set(names.values()) & scores.keys()
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_rm", "torchvision:mnasnet1_0"])
+def test_group_norms_beside_depthwise_convolutions(name):
+    model = scramble(create_model(name)).double().eval()
+    compare_with_torch_pruning(model, torch.randn(2, 3, 32, 32).double())
+
+
+def test_what_no_bn_makes_stays():
+    """As the image, which a RepVGG block in front reads and carries."""
+    model = add_shortcut_bn(scramble(create_model("rmnext26x2_64_cifar")).double().eval(), [X])
+    scores = by_group_norm(model)
+    heads = [block.shortcut[0].name for block in parse(model).blocks]
+    assert [name for name in heads if torch.isinf(scores[name]).any()] == heads[:1]
+    masks = select(model, 0.9, scores=scores, lowering="auto")
+    assert masks.keep[heads[0]].all()
 
 
 def test_channels_carried_by_option_a_go_with_either_stream(slim):

@@ -157,5 +157,5 @@ def test_a_browser_begins_with_a_net_that_has_layers(sweep_folder, tmp_path):
       axis.dispatchEvent(new Event("change"));
     """
     page = drawn(html, act, tmp_path)
-    assert "Layers are shown of nets whose files" in page
+    assert "No layers are known of this net" in page
     assert re.search(rf'class="point chosen"[^>]*data-net="{re.escape(last["id"])}"', page)

@@ -170,6 +170,9 @@ def test_points_of_other_trainings_are_not_mixed(swept, tiny, weights):
         other = plan(weights, base=base, levels=("macs=0.5",))
         with pytest.raises(UsageError, match=f"begun for points of this sweep with {before}"):
             sweeps.run(folder, other, lambda: tiny, say=lambda _: None)
+    other = plan(None, levels=("macs=0.5",))
+    with pytest.raises(UsageError, match=f"begun for points .* with --weights {weights}"):
+        sweeps.run(folder, other, lambda: tiny, say=lambda _: None)
     base = dataclasses.replace(SHORT, log="none")  # which no point depends on
     sweeps.run(folder, plan(weights, base=base), lambda: tiny, say=lambda _: None)
     base = dataclasses.replace(SHORT, lr=9.0)

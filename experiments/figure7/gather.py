@@ -26,18 +26,23 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.argument("out", type=FOLDER)
 @click.argument("sweeps", type=FOLDER, nargs=-1, required=True)
 def main(out: Path, sweeps: tuple[Path, ...]) -> None:
-    (out / "nets").mkdir(parents=True)
+    if len({folder.resolve().name for folder in sweeps}) < len(sweeps):
+        raise click.UsageError("two sweeps have the same name, which nets get before theirs")
+    if out.exists():
+        raise click.UsageError(f"{out} exists; name a new folder")
     tables = []
     for folder in sweeps:
         rows = sweep.results(folder).dropna(subset=["net"])
-        here = [sweep.net_path(folder, row).exists() for row in records(rows)]
-        named = rows[here].assign(sweep=folder.name, net=f"{folder.name}-" + rows[here]["net"])
-        for row, own in zip(records(named), records(rows[here]), strict=True):
-            shutil.copy(sweep.net_path(folder, own), sweep.net_path(out, row))
-        tables.append(named)
+        files = [sweep.net_path(folder, row) for row in records(rows)]
+        tables.append(rows.assign(sweep=folder.resolve().name, file=files))
     found = pd.concat(tables)
-    again = (found["method"] == "original") & found.duplicated(sweep.KEY)
-    write_csv(found[~again], out / "results.csv")
+    found = found[[file.exists() for file in found["file"]]]
+    found = found[(found["method"] != "original") | ~found.duplicated(sweep.KEY)]
+    found = found.assign(net=found["sweep"] + "-" + found["net"])
+    (out / "nets").mkdir(parents=True)
+    for row in records(found):
+        shutil.copy(row["file"], sweep.net_path(out, row))
+    write_csv(found.drop(columns="file"), out / "results.csv")
     notes = [read_json(folder / "sweep.json") for folder in sweeps]
     plans = [plan for note in notes for plan in note["plans"]]
     write_json({"task": notes[0]["task"], "plans": plans}, out / "sweep.json")
