@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +24,8 @@ from rmprune.importance import Importance
 from rmprune.logs import LogKind
 from rmprune.lowering import Choose, Form, fastest, lower
 from rmprune.models import build_model, create_model
-from rmprune.narrowing import narrow, widths_before
-from rmprune.plain import PlainNet
+from rmprune.narrowing import narrow
+from rmprune.plain import PlainNet, Width
 from rmprune.processes import local_device
 from rmprune.removal import prune as remove_dead_channels
 from rmprune.rewrite import collapse
@@ -425,10 +426,9 @@ def deploy(checkpoint: Checkpoint, choose: Choose | None = None) -> PlainNet:
     else:
         net = convert(model, example, keep_bn=False)
         if checkpoint.narrowed is not None:
-            slim = slimmable(build_model(config.model, len(checkpoint.task.classes)))
-            assert isinstance(model, fx.GraphModule)
-            assert isinstance(slim, fx.GraphModule)
-            net.converted_widths = widths_before(net.converted_widths, model, slim)
+            task = checkpoint.task
+            whole = _whole_widths(config.model, len(task.classes), task.image_shape)
+            net.converted_widths = dict(whole)
     net = collapse(remove_dead_channels(net))
     origin = {"model": config.model, "image_size": config.image_size}
     net.info = {**origin, **dataclasses.asdict(checkpoint.task)}
@@ -440,3 +440,12 @@ def deploy(checkpoint: Checkpoint, choose: Choose | None = None) -> PlainNet:
         return known[name] if known.get(name) in forms else decide(name, forms, made)
 
     return lower(net, example, form)
+
+
+@functools.cache  # it does not depend on weights, and a search for a target deploys many nets
+def _whole_widths(
+    model: str, classes: int, image_shape: tuple[int, int, int]
+) -> Mapping[str, Width]:
+    """Widths of a model's plain net with all of its channels."""
+    slim = slimmable(build_model(model, classes))
+    return convert(slim, torch.randn(1, *image_shape), keep_bn=False).converted_widths

@@ -8,8 +8,7 @@ costs less.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -18,10 +17,9 @@ from torch.optim.swa_utils import update_bn
 
 from rmprune.blocks import Unit, split_units
 from rmprune.cutting import cut_channels, cut_connections
-from rmprune.graph import Layer, parse
+from rmprune.graph import parse
 from rmprune.grouping import groups_left
 from rmprune.passing import empty_blocks
-from rmprune.plain import Width, plain_name
 from rmprune.selection import Masks
 
 
@@ -90,48 +88,6 @@ def cut(masks: Masks, slim: fx.GraphModule, before: Masks) -> Masks:
         if name in bns
     }
     return Masks(keep, masks.forced)
-
-
-def widths_before(
-    widths: Mapping[str, Width], narrowed: fx.GraphModule, slim: fx.GraphModule
-) -> dict[str, Width]:
-    """Widths of a narrowed model's plain net as they were without narrowing.
-
-    Args:
-        widths: ``converted_widths`` of the narrowed model's plain net.
-        narrowed: The model that was converted.
-        slim: The model that it was narrowed from.
-
-    Returns:
-        The same with the channels that were cut out, and with the convolutions of lost blocks.
-    """
-    left = dict(narrowed.named_modules())
-    before: dict[str, Width] = {}
-    pending = dict(widths)
-
-    def move_up_to(name: str) -> None:
-        while name in pending:
-            first = next(iter(pending))
-            before[first] = pending.pop(first)
-
-    for item in parse(slim).items:
-        if isinstance(item, Layer):
-            move_up_to(plain_name(item.name))
-            continue
-        units = split_units(item.body)
-        for unit in units:
-            name, channels = plain_name(unit.conv.name), unit.kernel.out_channels
-            if unit.conv.name not in left:  # the block is lost, and carries nothing any more
-                carried = 0 if unit is units[-1] else units[0].kernel.in_channels
-                before[name] = Width(channels, carried)
-                continue
-            move_up_to(name)
-            conv = left[unit.conv.name]
-            # One that is composed stays whole, and one may have become one with that before it.
-            if name in before and isinstance(conv, nn.Conv2d):
-                own = before[name].own + channels - conv.out_channels
-                before[name] = replace(before[name], own=own)
-    return before | pending
 
 
 def survivors(mask: Tensor) -> Tensor:
