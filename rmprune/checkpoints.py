@@ -426,9 +426,7 @@ def deploy(checkpoint: Checkpoint, choose: Choose | None = None) -> PlainNet:
     else:
         net = convert(model, example, keep_bn=False)
         if checkpoint.narrowed is not None:
-            task = checkpoint.task
-            whole = _whole_widths(config.model, len(task.classes), task.image_shape)
-            net.converted_widths = dict(whole)
+            net.converted_widths = dict(_whole_widths(config.model, checkpoint.task))
     net = collapse(remove_dead_channels(net))
     origin = {"model": config.model, "image_size": config.image_size}
     net.info = {**origin, **dataclasses.asdict(checkpoint.task)}
@@ -443,9 +441,7 @@ def deploy(checkpoint: Checkpoint, choose: Choose | None = None) -> PlainNet:
 
 
 @functools.cache  # it does not depend on weights, and a search for a target deploys many nets
-def _whole_widths(
-    model: str, classes: int, image_shape: tuple[int, int, int]
-) -> Mapping[str, Width]:
+def _whole_widths(model: str, task: Task) -> Mapping[str, Width]:
     """Widths of a model's plain net with all of its channels."""
-    slim = slimmable(build_model(model, classes))
-    return convert(slim, torch.randn(1, *image_shape), keep_bn=False).converted_widths
+    slim = slimmable(build_model(model, len(task.classes)))
+    return convert(slim, task.example_input(), keep_bn=False).converted_widths
